@@ -1,0 +1,176 @@
+"""What crosses a stage boundary. Every object is frozen; data moves right only.
+
+Dimension letters, used in every docstring of the package:
+    G prompts (groups), N trajectories, L padded trajectory length, T nodes of the token tree (or padded
+    transitions in `functional`), V vocabulary, D hidden width, R rows of hidden states, M targets.
+All log quantities are natural logarithms (nats).
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from fastgfn import checks
+
+
+class Role(IntEnum):
+    """What a node of the token tree is."""
+
+    PROMPT = 0
+    ACTION = 1
+    OBSERVATION = 2
+    SUFFIX = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """The set of sequences Z that the policy q is defined on; the sampled and the scored policy share it.
+
+    termination_token_id: the token that ends a sequence; it never is part of Z.
+    min_length: fewest tokens of Z. Shorter prefixes cannot stop.
+    max_length: most tokens of Z.
+    termination: "forced" (default): the limits belong to q, so stopping is impossible (probability 0, the
+        other tokens renormalised) below min_length and certain (log_pterm = 0) at max_length.
+        "own": the published convention; the limits bind the sampler only and log_pterm stays the model's own.
+    logit_bias: (V,) float32 added to the logits before the softmax (a vocabulary mask, e.g. -99), or None.
+    """
+
+    termination_token_id: int
+    min_length: int = 0
+    max_length: int = 32
+    termination: str = "forced"
+    logit_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        checks.check(
+            self.min_length >= 0, "Constraints", "min_length", ">= 0", self.min_length, "raise it to 0"
+        )
+        checks.check(
+            self.max_length >= max(1, self.min_length),
+            "Constraints",
+            "max_length",
+            f">= max(1, min_length) = {max(1, self.min_length)}",
+            self.max_length,
+            "raise max_length or lower min_length",
+        )
+        checks.check(
+            self.termination in ("forced", "own"),
+            "Constraints",
+            "termination",
+            "'forced' or 'own'",
+            repr(self.termination),
+            "use 'forced' unless you compare with the published code",
+        )
+        checks.check(
+            self.termination_token_id >= 0,
+            "Constraints",
+            "termination_token_id",
+            ">= 0",
+            self.termination_token_id,
+            "pass the id of the token that ends a sequence",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """N sampled sequences over G prompts.
+
+    prompts: G tensors (P_g,) int64.
+    group: (N,) int64, which prompt each sequence continues.
+    tokens: (N, L) int64, the tokens of Z, without the termination token; content past `lengths` is undefined.
+    lengths: (N,) int64, number of tokens of Z.
+    log_behavior: (N,) float32, log-density of the distribution that drew the sequence, the stop included.
+    constraints: the sequence set they were drawn from.
+    """
+
+    prompts: tuple[Tensor, ...]
+    group: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    log_behavior: Tensor
+    constraints: Constraints
+
+    @property
+    def num_trajectories(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Drawn tokens, the terminations included."""
+        return int(self.lengths.sum()) + self.num_trajectories
+
+    def sequences(self) -> list[list[int]]:
+        return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTree:
+    """A batch as one forest in depth-first order, one node per distinct (prefix, role).
+
+    Node j is an ancestor of (or is) node i exactly when `j <= i and i < end[j]`. Example: prompt [7] and samples
+    [5, 6], [5], [5, 6]: tokens [7, 5, 6], end [3, 3, 3], parent [-1, 0, 1], count [3, 3, 2], leaf [2, 1, 2].
+
+    tokens: (T,) int64.
+    position: (T,) int64, depth of the node, which is its position id.
+    end: (T,) int32, one past the last descendant.
+    parent: (T,) int32, -1 at a root.
+    count: (T,) int32, trajectories that pass through the node.
+    group: (T,) int32, which prompt.
+    role: (T,) int8, see Role.
+    leaf: (N,) int64, the node at which each trajectory stops.
+    length: (T,) int32, tokens of Z up to and including the node; 0 on prompt nodes.
+    is_state: (T,) bool, the node is a prefix s_k of some Z: an action node or the last prompt node (s_0).
+    constraints: the sequence set the trajectories were drawn from.
+    """
+
+    tokens: Tensor
+    position: Tensor
+    end: Tensor
+    parent: Tensor
+    count: Tensor
+    group: Tensor
+    role: Tensor
+    leaf: Tensor
+    length: Tensor
+    is_state: Tensor
+    constraints: Constraints
+
+    @property
+    def num_nodes(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def num_groups(self) -> int:
+        return int(self.group[-1]) + 1 if self.num_nodes else 0
+
+    @property
+    def terminable(self) -> Tensor:
+        """(T,) bool: prefixes that may stop, hence carry a reward."""
+        if self.constraints.termination == "own":
+            return self.is_state
+        return self.is_state & (self.length >= self.constraints.min_length)
+
+    @property
+    def is_root_state(self) -> Tensor:
+        """(T,) bool: s_0 of each group."""
+        return self.is_state & (self.length == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class LogProbs:
+    """Per-row log-probabilities, float32 (float64 for float64 input), natural log.
+
+    From `linear_log_probs`: log_pf (M,), log_pterm (R,) or None, lse (R,) or None.
+    From `score`: node-aligned, log_pf (T,) = log q(node's token | its parent), 0 off the action nodes;
+    log_pterm (T,) = log q(stop | node) at terminable nodes, 0 elsewhere; lse None.
+    """
+
+    log_pf: Tensor
+    log_pterm: Tensor | None
+    lse: Tensor | None = None
+
+
+def as_int64(values) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.int64)
