@@ -109,7 +109,7 @@ class Rollouts:
 class TokenTree:
     """A batch as one forest in depth-first order, one node per distinct (prefix, role).
 
-    Node j is an ancestor of (or is) node i exactly when `j <= i and i < end[j]`. Example: prompt [7] and samples
+    Node j is an ancestor of (or is) node i exactly when `j <= i and i < end[j]`. E.g. prompt [7] with samples
     [5, 6], [5], [5, 6]: tokens [7, 5, 6], end [3, 3, 3], parent [-1, 0, 1], count [3, 3, 2], leaf [2, 1, 2].
 
     tokens: (T,) int64.
