@@ -14,7 +14,14 @@ if cuda:
     sources += sorted(glob.glob("csrc/cuda/*.cpp")) + sorted(glob.glob("csrc/cuda/*.cu"))
 
 setup(
-    packages=["fastgfn", "fastgfn.reference", "fastgfn.ops", "fastgfn.functional", "fastgfn.tasks"]
+    packages=[
+        "fastgfn",
+        "fastgfn.reference",
+        "fastgfn.ops",
+        "fastgfn.functional",
+        "fastgfn.tasks",
+        "fastgfn.cli",
+    ]
     + ["fastgfn.kernels"],
     package_dir={"fastgfn.kernels": "kernels"},
     package_data={"fastgfn": ["py.typed"]},

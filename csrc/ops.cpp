@@ -8,4 +8,35 @@ extern "C" PyObject* PyInit__C(void) {
 }
 
 TORCH_LIBRARY(fastgfn, m) {
+  m.def(
+      "build_tree(Tensor prompt_tokens, Tensor prompt_offsets, Tensor tokens, Tensor roles, Tensor offsets, "
+      "Tensor group) -> (Tensor tokens, Tensor position, Tensor end, Tensor parent, Tensor count, "
+      "Tensor group, Tensor role, Tensor leaf)");
+  m.def("path_nodes(Tensor parent, Tensor leaf, Tensor num_nodes, SymInt width) -> Tensor");
+  m.def("gather_nodes(Tensor values, Tensor index) -> Tensor");
+  m.def("scatter_add_nodes(Tensor grad, Tensor index, SymInt num_nodes) -> Tensor");
+  m.def("tree_cumsum(Tensor values, Tensor parent) -> Tensor");
+  m.def("subtree_sum(Tensor values, Tensor parent) -> Tensor");
+  m.def("segment_cumsum(Tensor values, Tensor offsets, bool reverse=False) -> Tensor");
+  m.def(
+      "decode_update_(Tensor(a!) tokens, Tensor(b!) lengths, Tensor(c!) finished, Tensor drawn, Tensor rows, "
+      "int termination_token_id, int max_length) -> ()");
+  m.def(
+      "gumbel_draw(Tensor logits, Tensor rows, Tensor temperature, Tensor trajectory, Tensor position, "
+      "int seed, int termination_token_id, Tensor forbid_stop) -> (Tensor token, Tensor log_pf, "
+      "Tensor log_pterm, Tensor log_behavior)");
+  m.def("philox4x32(Tensor counter, int seed) -> Tensor");
+  m.def(
+      "subtb_padded(Tensor log_pf, Tensor log_flow, Tensor lengths, float subtb_lambda) -> (Tensor numerator, "
+      "Tensor denominator)");
+  m.def(
+      "subtb_padded_backward(Tensor grad_numerator, Tensor log_pf, Tensor log_flow, Tensor lengths, "
+      "float subtb_lambda) -> (Tensor grad_log_pf, Tensor grad_log_flow)");
+  m.def(
+      "subtb_tree(Tensor log_pf, Tensor log_flow, Tensor parent, Tensor valid, Tensor weight, "
+      "float subtb_lambda) -> Tensor");
+  m.def(
+      "subtb_tree_backward(Tensor grad, Tensor log_pf, Tensor log_flow, Tensor parent, Tensor valid, "
+      "Tensor weight, float subtb_lambda) -> (Tensor grad_log_pf, Tensor grad_log_flow)");
+  m.def("subtb_tree_pairs(Tensor parent, Tensor valid, float subtb_lambda) -> Tensor");
 }

@@ -1,3 +1,39 @@
-"""GFlowNet fine-tuning of large language models: sample from intractable posteriors, fast."""
+"""GFlowNet fine-tuning of large language models: sample from intractable posteriors, fast.
+
+The road: prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss -> optimiser step. `Trainer`
+runs it; `fastgfn.functional` is the tensor-level API for other libraries.
+"""
+
+from fastgfn.config import TrainConfig
+from fastgfn.models import Policy, load_policy
+from fastgfn.objectives import modified_subtb_loss
+from fastgfn.ops.backends import backend_info
+from fastgfn.packing import pack
+from fastgfn.replay import ReplayBuffer
+from fastgfn.rewards import LMReward, SequenceReward, log_reward
+from fastgfn.rollout import sample
+from fastgfn.scoring import score
+from fastgfn.train import Trainer
+from fastgfn.types import Constraints, LogProbs, Rollouts, TokenTree
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Constraints",
+    "LMReward",
+    "LogProbs",
+    "Policy",
+    "ReplayBuffer",
+    "Rollouts",
+    "SequenceReward",
+    "TokenTree",
+    "TrainConfig",
+    "Trainer",
+    "backend_info",
+    "load_policy",
+    "log_reward",
+    "modified_subtb_loss",
+    "pack",
+    "sample",
+    "score",
+]

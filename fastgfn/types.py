@@ -101,6 +101,17 @@ class Rollouts:
         """Drawn tokens, the terminations included."""
         return int(self.lengths.sum()) + self.num_trajectories
 
+    def extended(self, other: "Rollouts") -> "Rollouts":
+        """These trajectories followed by those of `other`, which has the same prompts and constraints."""
+        return Rollouts(
+            self.prompts,
+            torch.cat([self.group, other.group]),
+            torch.cat([self.tokens, other.tokens]),
+            torch.cat([self.lengths, other.lengths]),
+            torch.cat([self.log_behavior, other.log_behavior]),
+            self.constraints,
+        )
+
     def sequences(self) -> list[list[int]]:
         return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
 
@@ -136,6 +147,10 @@ class TokenTree:
     length: Tensor
     is_state: Tensor
     constraints: Constraints
+
+    def to(self, device: torch.device | str) -> "TokenTree":
+        moved = {f: getattr(self, f).to(device) for f in self.__slots__ if f != "constraints"}
+        return TokenTree(**moved, constraints=self.constraints)
 
     @property
     def num_nodes(self) -> int:

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+# tiny models are faster on one thread, and a shared machine stays usable
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -23,3 +26,51 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not os.path.exists("/dev/nvidiactl"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def tiny_policy():
+    """Factory of a tiny policy with a LoRA adapter whose two matrices are both non-zero.
+
+    "llama" takes its norms and rotary angles in float32 whatever the dtype; "gpt2" is float64 throughout.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    from fastgfn.models import Policy
+
+    def make(
+        vocab=13,
+        dtype=torch.float64,
+        rank=4,
+        scale=6.0,
+        implementation="fastgfn",
+        positions=64,
+        family="llama",
+    ):
+        torch.manual_seed(7)
+        if family == "gpt2":
+            config = GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=positions)
+        else:
+            config = LlamaConfig(
+                vocab_size=vocab,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=positions,
+            )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+        fan = dict(fan_in_fan_out=True) if family == "gpt2" else {}
+        lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM", **fan)
+        model = get_peft_model(model, lora).to(dtype)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() > 1:
+                    noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
+                    p.copy_(noise * scale / (6 * p.shape[-1] ** 0.5))
+        return Policy(model)
+
+    return make

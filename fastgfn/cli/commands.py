@@ -1,0 +1,137 @@
+"""The commands; each parses its options, builds the objects of the library and calls them."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fastgfn import checks
+from fastgfn.cli.rng import RngRun, RngSettings
+from fastgfn.config import TrainConfig
+from fastgfn.models import BUNDLED, load_policy
+from fastgfn.rollout import sample as draw_samples
+from fastgfn.types import Constraints
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="GFlowNet fine-tuning of language models.",
+)
+train = typer.Typer(no_args_is_help=True, help="Train a sampler on a task.")
+app.add_typer(train, name="train")
+
+ModelOption = Annotated[str, typer.Option(help="'smollm2-135m', a hub id or a local folder.")]
+
+
+@train.command("rng")
+def train_rng(
+    output: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/rng"),
+    model: ModelOption = BUNDLED,
+    seed: Annotated[int, typer.Option(help="Of the adapter, the sampling and the replay.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    terminator: Annotated[str, typer.Option(help="'newline', 'eos' or a token id.")] = "newline",
+    prompt: Annotated[str | None, typer.Option(help="Prompt text; the default is the paper's.")] = None,
+    min_length: Annotated[int, typer.Option(help="Fewest tokens of a sequence.")] = 0,
+    max_length: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 4,
+    penalty: Annotated[float, typer.Option(help="Nats per token of a string that is no integer.")] = 16.0,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
+    lora_dropout: Annotated[float, typer.Option(help="Must be 0.")] = 0.0,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of fastgfn.config.TrainConfig; repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the newest checkpoint of the run folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the run in the run folder.")] = False,
+    plots: Annotated[bool, typer.Option(help="Write TensorBoard events and the histogram.")] = True,
+) -> None:
+    """Teach a model to draw uniform random integers, and measure the exact distance to the target."""
+    overrides = _overrides(option or []) | {"seed": seed} | ({} if steps is None else {"steps": steps})
+    settings = RngSettings(
+        output=output,
+        model=model,
+        terminator=terminator,
+        prompt=prompt,
+        min_length=min_length,
+        max_length=max_length,
+        penalty=penalty,
+        lora_rank=lora_rank,
+        lora_dropout=lora_dropout,
+        plots=plots,
+    )
+    finished = RngRun(settings, overrides).run(resume=resume, overwrite=overwrite)
+    if not finished:
+        raise typer.Exit(130)
+
+
+@app.command()
+def sample(
+    adapter: Annotated[Path, typer.Option(help="Run folder or PEFT adapter folder.")],
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Sequences to draw.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 1 draws from the posterior.")] = 1.0,
+    model: Annotated[str | None, typer.Option(help="Base model; the run folder knows its own.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt text; the run folder knows its own.")] = None,
+    termination_token_id: Annotated[int | None, typer.Option(help="Token that ends a sequence.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens of a sequence.")] = None,
+) -> None:
+    """Draw sequences from a trained sampler, one per line."""
+    known = adapter / "run.json"
+    run = json.loads(known.read_text()) if known.is_file() else {}
+    policy = load_policy(model or run.get("model", BUNDLED), adapter=adapter)
+    ids = run.get("prompt_ids") if prompt is None else policy.encode(prompt)
+    checks.check(
+        ids is not None, "sample", "prompt", "given", None, "pass --prompt, or a run folder with run.json"
+    )
+    stop = termination_token_id
+    if stop is None:
+        stop = run.get("termination_token_id", getattr(policy.tokenizer, "eos_token_id", None))
+    checks.check(
+        stop is not None, "sample", "termination_token_id", "given", None, "pass --termination-token-id"
+    )
+    longest = max_length if max_length is not None else run.get("max_length", 32)
+    rollouts = draw_samples(
+        [ids],
+        policy=policy,
+        constraints=Constraints(stop, max_length=longest),
+        num_samples=num_samples,
+        temperature=temperature,
+        seed=seed,
+    )
+    for sequence in rollouts.sequences():
+        print(policy.decode(sequence))
+
+
+@app.command()
+def info() -> None:
+    """Print versions, devices and which backend serves each op."""
+    import fastgfn
+
+    report = fastgfn.backend_info()
+    console = Console()
+    versions = Table("package", "version", title="versions")
+    for name, version in report["versions"].items():
+        versions.add_row(name, version)
+    console.print(versions)
+    backends = Table("op", "CPU", "CUDA", title=f"backends (device: {report['device']})")
+    for name, row in report["ops"].items():
+        backends.add_row(name, row["cpu"], row["cuda"])
+    console.print(backends)
+
+
+def _overrides(pairs: list[str]) -> dict:
+    """key=value strings -> settings; values are JSON, or plain strings."""
+    values = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        checks.check(
+            bool(equals), "--set", "each setting", "key=value", repr(pair), "e.g. --set num_samples=64"
+        )
+        try:
+            values[key] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key] = text
+    TrainConfig.from_dict(values)
+    return values

@@ -1,0 +1,116 @@
+"""Training settings: one frozen dataclass, validated once, unknown keys refused."""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+
+from fastgfn import checks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Settings of `Trainer`; every field has a unit or a range."""
+
+    steps: int = 100
+    """Optimiser steps."""
+    prompts_per_step: int = 1
+    """Prompts in one micro-batch."""
+    accumulation: int = 1
+    """Micro-batches whose gradients are averaged into one optimiser step."""
+    num_samples: int = 20
+    """Sequences drawn per prompt and micro-batch."""
+    tempered_share: float = 0.5
+    """Share of the drawn sequences whose temperature is uniform in temperature_range; the rest use 1."""
+    temperature_range: tuple[float, float] = (0.5, 2.0)
+    """Sampling temperatures of the tempered share."""
+    replay_samples: int = 0
+    """Buffer entries added to each prompt's drawn sequences; 0 trains without a buffer."""
+    replay_capacity: int = 50
+    """Buffer entries kept per prompt."""
+    replay_duplicates: str = "near"
+    """What the buffer rejects: "near" (edit distance) or "exact" duplicates."""
+    replay_tolerance: float = 0.25
+    """Edit distance below this share of both lengths makes a near-duplicate."""
+    replay_priority: str = "reward"
+    """Buffer draws are proportional to "reward", or "uniform"."""
+    subtb_lambda: float = 1.0
+    """Window weight lambda^(k-1), in [0, 1]."""
+    normalization: str = "group"
+    """How windows are pooled: "group", "batch" or "trajectory"."""
+    reward_temperature: tuple[float, float] = (1.0, 1.0)
+    """log R is divided by this: value at step 0 and value from reward_horizon on, linear between."""
+    reward_horizon: int = 1
+    """Optimiser steps over which the reward temperature moves."""
+    learning_rate: float = 1e-3
+    """Adam step size at its peak."""
+    warmup_steps: int = 10
+    """Optimiser steps of linear warm-up from 0."""
+    schedule: str = "cosine"
+    """After warm-up: "constant", "linear" or "cosine" decay to 0 at `steps`."""
+    max_grad_norm: float = math.inf
+    """Gradient norm above this is scaled down to it."""
+    checkpoint_every: int = 25
+    """Optimiser steps between checkpoints."""
+    seed: int = 0
+    """Of sampling, behaviour mix, replay and prompt order."""
+
+    def __post_init__(self) -> None:
+        for field in (
+            "steps",
+            "prompts_per_step",
+            "accumulation",
+            "num_samples",
+            "replay_capacity",
+            "reward_horizon",
+        ):
+            self._need(getattr(self, field) >= 1, field, ">= 1")
+        for field in ("replay_samples", "warmup_steps", "checkpoint_every", "seed"):
+            self._need(getattr(self, field) >= 0, field, ">= 0")
+        for field in ("tempered_share", "subtb_lambda"):
+            self._need(0.0 <= getattr(self, field) <= 1.0, field, "in [0, 1]")
+        for field in ("temperature_range", "reward_temperature"):
+            value = getattr(self, field)
+            ok = len(value) == 2 and all(math.isfinite(v) and v > 0 for v in value)
+            self._need(ok, field, "two numbers > 0")
+        self._need(self.temperature_range[0] <= self.temperature_range[1], "temperature_range", "ascending")
+        self._need(self.learning_rate > 0, "learning_rate", "> 0")
+        self._need(self.max_grad_norm > 0, "max_grad_norm", "> 0")
+        self._need(
+            self.schedule in ("constant", "linear", "cosine"), "schedule", "constant, linear or cosine"
+        )
+        names = ("group", "batch", "trajectory")
+        self._need(self.normalization in names, "normalization", f"one of {names}")
+
+    def _need(self, ok: bool, field: str, want: str) -> None:
+        checks.check(ok, "TrainConfig", field, want, repr(getattr(self, field)), "change this setting")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "TrainConfig":
+        """Settings from a mapping (JSON, command line); an unknown key raises and names the closest one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                fix = f"did you mean {close[0]!r}?" if close else "see fastgfn.config.TrainConfig"
+                checks.fail("TrainConfig", "every key", "a known setting", repr(key), fix)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Adam step size of optimiser step `step` (0-based)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        factor = {
+            "constant": 1.0,
+            "linear": 1.0 - progress,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        }[self.schedule]
+        return self.learning_rate * factor
+
+    def reward_temperature_at(self, step: int) -> float:
+        start, end = self.reward_temperature
+        return start + (end - start) * min(1.0, step / self.reward_horizon)

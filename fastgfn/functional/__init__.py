@@ -1,0 +1,17 @@
+"""The stable tensor-level API for other libraries; natural logarithms, batch first, padding never read."""
+
+from fastgfn.functional.log_probs import linear_log_probs, log_probs_from_logits
+from fastgfn.functional.sampling import sample_next
+from fastgfn.functional.subtb import modified_subtb_loss, subtb_loss, subtb_potential, termination_log_prob
+from fastgfn.functional.tree import build_tree
+
+__all__ = [
+    "build_tree",
+    "linear_log_probs",
+    "log_probs_from_logits",
+    "modified_subtb_loss",
+    "sample_next",
+    "subtb_loss",
+    "subtb_potential",
+    "termination_log_prob",
+]

@@ -1,0 +1,226 @@
+"""Log-probabilities of target tokens and of stopping, from hidden states and a head or from logits."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastgfn import checks
+from fastgfn.ops import linear_log_probs as linear_ops
+from fastgfn.ops import log_probs_from_logits as logits_ops
+from fastgfn.types import LogProbs
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BACKENDS = ("auto", "torch", "triton")
+
+
+def linear_log_probs(
+    hidden: Tensor,  # (R, D) float16 | bfloat16 | float32 | float64
+    weight: Tensor,  # (V, D) same dtype as hidden
+    targets: Tensor,  # (M,) int32 | int64
+    *,
+    rows: Tensor | None = None,  # (M,) int32 | int64
+    termination_token_id: int | None = None,
+    bias: Tensor | None = None,  # (V,)
+    logit_bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    final_logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    return_lse: bool = False,
+    ignore_index: int = -100,
+) -> LogProbs:
+    """Log-probability of each target and of stopping, without storing the (R, V) logits.
+
+    Equal to log_softmax(z)[rows, targets] and log_softmax(z)[:, termination_token_id] with, in this order,
+    x = logit_scale * (hidden @ weight.T + bias), x = c * tanh(x / c) for the softcap c, and
+    z = (x + logit_bias) / temperature.
+
+    Args:
+        hidden: final hidden states; may be a strided slice.
+        weight: the head. If it and `bias` need no gradient, backward has no product over the vocabulary.
+        targets: token ids in [0, V), or ignore_index.
+        rows: the hidden row of each target, in [0, R); None: target i is read from row i, and M == R.
+        termination_token_id: the stop token, read from every row, or None.
+        logit_bias: a constant vocabulary mask, e.g. -99 at excluded tokens, or None.
+        temperature: > 0, divides the logits; no unit. logit_scale has none either, the softcap is in logits.
+        return_lse: also return the log-normaliser of z.
+
+    Returns:
+        LogProbs: log_pf (M,), 0 at ignored targets; log_pterm (R,) or None without a stop token; lse (R,) or
+        None. float32 (float64 for float64 input). Differentiable, once, in hidden, weight and bias.
+
+    Raises:
+        InputError: a shape, device or value disagrees; a token or row out of range (seen on the CPU only).
+        InputTypeError: a dtype disagrees. NotImplementedError: the weight is quantised or wrapped.
+
+    Numerics: logits, softmax and sums in float32; for 16-bit input the gradient's products are in the input
+        dtype. Extra memory O(R (D + 512) + M D), never R V. Same bits on repeat on the CPU.
+    Source: `reference/linear_log_probs.py` derives the gradient.
+    """
+    name = "linear_log_probs"
+    rows = _check_linear(name, hidden, weight, targets, rows, bias)
+    options = {
+        "termination_token_id": termination_token_id,
+        "logit_bias": logit_bias,
+        "logit_scale": logit_scale,
+        "final_logit_softcap": final_logit_softcap,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+    }
+    _check_options(name, targets, weight, **options)
+    log_pf, log_pterm, lse = linear_ops.linear_log_probs(hidden, weight, targets, rows, bias=bias, **options)
+    return LogProbs(log_pf=log_pf, log_pterm=log_pterm, lse=lse if return_lse else None)
+
+
+def log_probs_from_logits(
+    logits: Tensor,  # (M, V) float16 | bfloat16 | float32 | float64
+    targets: Tensor,  # (M,) int32 | int64
+    *,
+    termination_token_id: int | None = None,
+    logit_bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    final_logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    return_lse: bool = False,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> LogProbs:
+    """Log-probability of each row's target and of stopping, from materialised logits.
+
+    Equal to log_softmax(z)[range(M), targets] and log_softmax(z)[:, termination_token_id] with, in this order,
+    x = logit_scale * logits, x = c * tanh(x / c) for the softcap c, and z = (x + logit_bias) / temperature.
+
+    Args:
+        logits: of the head, any strides.
+        targets: token ids in [0, V), or ignore_index.
+        backend: "triton" (CUDA, not float64), "torch", or "auto": Triton where it runs on a GPU.
+        Others: as in `linear_log_probs`.
+
+    Returns:
+        LogProbs: log_pf (M,), 0 at ignored targets; log_pterm (M,) or None; lse (M,) or None. float32 (float64
+        for float64 logits). Differentiable, once, in logits.
+
+    Raises:
+        InputError: a shape, device or value disagrees; a target out of range (seen on the CPU only; its log_pf
+            is NaN with Triton). InputTypeError: a dtype is not supported.
+        RuntimeError: backend="triton" cannot run on these tensors.
+
+    Numerics: float32 inside; the only (M, V) tensor is the gradient. Same bits on repeat.
+    """
+    name = "log_probs_from_logits"
+    num_rows, _ = _check_matrix(name, "logits", logits)
+    checks.check_shape(name, "targets", targets, (num_rows,), "pass one target per row of logits")
+    checks.check_same_device(name, logits=logits, targets=targets)
+    options = {
+        "termination_token_id": termination_token_id,
+        "logit_bias": logit_bias,
+        "logit_scale": logit_scale,
+        "final_logit_softcap": final_logit_softcap,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+    }
+    _check_options(name, targets, logits.T, **options)
+    backend = _choose_backend(name, backend, logits)
+    log_pf, log_pterm, lse = logits_ops.log_probs_from_logits(logits, targets, backend=backend, **options)
+    return LogProbs(log_pf=log_pf, log_pterm=log_pterm, lse=lse if return_lse else None)
+
+
+def _choose_backend(name: str, backend: str, logits: Tensor) -> str:
+    known = ", ".join(repr(b) for b in BACKENDS)
+    checks.check(backend in BACKENDS, name, "backend", f"one of {known}", repr(backend), "use 'auto'")
+    device = logits.device.type
+    can_run = logits.dtype != torch.float64 and logits_ops.triton_runs_on(device)
+    if backend == "triton" and not can_run:
+        checks.fail(
+            name,
+            "backend",
+            "'torch' or 'auto' here",
+            f"'triton' with {logits.dtype} on {device}",
+            "Triton needs CUDA tensors below float64, or TRITON_INTERPRET=1",
+            kind=RuntimeError,
+        )
+    return "triton" if backend == "triton" or (backend == "auto" and can_run and device != "cpu") else "torch"
+
+
+def _check_linear(
+    name: str, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Check the tensors and return the row of every target."""
+    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in DTYPES:
+        checks.fail(
+            name,
+            "weight",
+            "a plain floating-point (V, D) tensor (not a quantised or adapter-wrapped head)",
+            f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip(),
+            "compute the logits with the model's own head and pass them to log_probs_from_logits",
+            kind=NotImplementedError,
+        )
+    num_rows, width = _check_matrix(name, "hidden", hidden)
+    fix = f"hidden is {tuple(hidden.shape)}: pass the head of the same model"
+    checks.check_shape(name, "weight", weight, ("V", width), fix)
+    _check_dtype(name, "weight", weight, hidden.dtype)
+    if rows is None:
+        fix = "pass one target per hidden row, or `rows` for any other layout"
+        checks.check_shape(name, "targets", targets, (num_rows,), fix)
+        rows = torch.arange(num_rows, device=hidden.device)
+    checks.check_shape(name, "targets", targets, ("M",), "flatten it")
+    checks.check_integer(name, "rows", rows)
+    checks.check_shape(name, "rows", rows, tuple(targets.shape), "pass the hidden row of every target")
+    _check_range(name, "rows", rows, num_rows)
+    if bias is not None:
+        checks.check_shape(name, "bias", bias, (weight.shape[0],), "pass the bias of the same head")
+        _check_dtype(name, "bias", bias, hidden.dtype)
+    checks.check_same_device(name, hidden=hidden, weight=weight, targets=targets, rows=rows, bias=bias)
+    return rows
+
+
+def _check_matrix(name: str, arg: str, tensor: Tensor) -> tuple[int, int]:
+    checks.check_shape(name, arg, tensor, ("rows", "columns"), "flatten the batch first")
+    if tensor.dtype not in DTYPES:
+        known = "float16, bfloat16, float32 or float64"
+        checks.fail(name, arg, known, tensor.dtype, "cast it", kind=checks.InputTypeError)
+    return tensor.shape
+
+
+def _check_dtype(name: str, arg: str, tensor: Tensor, want: torch.dtype) -> None:
+    if tensor.dtype != want:
+        fix = "cast one of the two"
+        checks.fail(name, arg, f"{want} like hidden", tensor.dtype, fix, kind=checks.InputTypeError)
+
+
+def _check_range(name: str, arg: str, values: Tensor, high: int) -> None:
+    # On a GPU this would need a synchronisation.
+    if values.device.type == "cpu":
+        bad = values[(values < 0) | (values >= high)]
+        checks.check(not len(bad), name, arg, f"in [0, {high})", bad[:1].tolist(), "correct that entry")
+
+
+def _check_options(
+    name: str,
+    targets: Tensor,
+    by_vocab: Tensor,  # (V, ...)
+    *,
+    termination_token_id: int | None,
+    logit_bias: Tensor | None,
+    logit_scale: float,
+    final_logit_softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> None:
+    vocab, stop, cap = by_vocab.shape[0], termination_token_id, final_logit_softcap
+    checks.check(vocab > 0, name, "the vocabulary", "non-empty", vocab, "pass the whole head")
+    checks.check_integer(name, "targets", targets)
+    _check_range(name, "targets", targets.masked_fill(targets == ignore_index, 0), vocab)
+    if logit_bias is not None:
+        checks.check_shape(name, "logit_bias", logit_bias, (vocab,), "give one value per vocabulary entry")
+        checks.check_floating(name, "logit_bias", logit_bias)
+        checks.check_same_device(name, targets=targets, logit_bias=logit_bias)
+        is_constant = not logit_bias.requires_grad
+        checks.check(is_constant, name, "logit_bias", "a constant", "requires_grad=True", "detach it")
+    in_vocab = stop is None or 0 <= stop < vocab
+    fix = "pass the id of the token that ends a sequence"
+    checks.check(in_vocab, name, "termination_token_id", f"in [0, {vocab})", stop, fix)
+    checks.check(math.isfinite(logit_scale), name, "logit_scale", "finite", logit_scale, "pass the model's")
+    is_cap = cap is None or cap > 0
+    checks.check(is_cap, name, "final_logit_softcap", "> 0 or None", cap, "pass the model's")
+    checks.check(temperature > 0, name, "temperature", "> 0", temperature, "1.0 leaves logits as they are")

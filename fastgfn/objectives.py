@@ -1,0 +1,128 @@
+"""Stage 4: LogProbs and log R -> loss, on the nodes of the tree.
+
+Modified sub-trajectory balance (Hu et al. 2024, arXiv:2310.04363; Madan et al. 2023, arXiv:2209.12782). With
+    U(s) = log q(s) + log q(stop | s) - log R(s stop)
+for every terminable prefix s, the loss is the weighted mean of (U(s_j) - U(s_i))^2 over the windows i < j of
+every trajectory. What differs from the published code:
+1. It is computed on the token tree: windows that several trajectories share are computed once and counted.
+2. Prefixes that cannot stop end no window; if s_0 is one, U(s_0) = -log Z(X) takes its place (the anchor).
+3. Windows are pooled per prompt by default, then averaged over prompts, which is what the published gradient
+   accumulation over one-prompt batches amounts to.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgfn import checks
+from fastgfn.ops.scan import subtree_sum, tree_cumsum
+from fastgfn.ops.subtb import subtb_tree, subtb_tree_pairs
+from fastgfn.types import LogProbs, TokenTree
+
+NORMALIZATIONS = ("group", "batch", "trajectory")
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """loss: () differentiable. log_z: (G,) detached group means of log R(x) - log q(x) over the batch."""
+
+    loss: Tensor
+    log_z: Tensor
+
+
+def modified_subtb_loss(
+    log_probs: LogProbs,
+    *,
+    tree: TokenTree,
+    log_reward: Tensor,  # (T,)
+    subtb_lambda: float = 1.0,
+    normalization: str = "group",
+    weights: Tensor | None = None,  # (N,)
+    log_z: Tensor | None = None,  # (G,)
+) -> Objective:
+    """Modified SubTB(lambda) on a token tree, O(T); zero exactly when q is proportional to R.
+
+    loss = sum over windows of c lambda^(k-1) (U_j - U_i)^2 / sum over windows of c lambda^(k-1), where k
+    counts the terminable states in (i, j] and c the trajectories that contain the window.
+
+    Args:
+        log_probs: node-aligned, from `score`.
+        log_reward: (T,) log R / T_reward at terminable nodes, already tempered.
+        subtb_lambda: in [0, 1]; 1 weighs all windows alike, 0 keeps single transitions (detailed balance).
+        normalization: pools the ratio over each prompt ("group", then averaged over prompts), over the whole
+            "batch", or within each "trajectory" (then averaged).
+        weights: importance weights of the trajectories; numerator only, no gradient.
+        log_z: log Z(X) for the anchor where s_0 cannot stop; a learned value receives its gradient. None
+            uses the detached group mean of log R(x) - log q(x).
+
+    Raises:
+        InputError: a shape disagrees, lambda is outside [0, 1], an unknown normalization.
+    """
+    name = "modified_subtb_loss"
+    checks.check(
+        0.0 <= subtb_lambda <= 1.0, name, "subtb_lambda", "in [0, 1]", subtb_lambda, "1.0 is the paper's"
+    )
+    checks.check(
+        normalization in NORMALIZATIONS,
+        name,
+        "normalization",
+        f"one of {NORMALIZATIONS}",
+        normalization,
+        "use 'group'",
+    )
+    checks.check_shape(
+        name, "log_reward", log_reward, (tree.num_nodes,), "pass the result of log_reward(tree)"
+    )
+    estimate = group_log_z(log_probs, tree, log_reward)
+    log_flow = log_reward - log_probs.log_pterm
+    valid = tree.terminable
+    anchor = tree.is_root_state & ~valid
+    if tree.constraints.min_length > 0:
+        root_value = estimate if log_z is None else log_z
+        checks.check_shape(name, "log_z", root_value, (tree.num_groups,), "one value per prompt")
+        log_flow = torch.where(anchor, root_value[tree.group.long()].to(log_flow), log_flow)
+        valid = valid | anchor
+    pairs = subtb_tree_pairs(tree.parent, valid, subtb_lambda) * valid
+    weight = _node_weights(tree, pairs, normalization, weights)
+    loss = subtb_tree(log_probs.log_pf, log_flow, tree.parent, valid, weight.to(log_flow), subtb_lambda)
+    return Objective(loss=loss, log_z=estimate)
+
+
+@torch.no_grad()
+def group_log_z(log_probs: LogProbs, tree: TokenTree, log_reward: Tensor) -> Tensor:
+    """(G,) mean over each prompt's trajectories of log R(x) - log q(x): log Z(X) at the solution."""
+    gap = log_reward - log_probs.log_pterm - tree_cumsum(log_probs.log_pf, tree.parent)
+    group = tree.group[tree.leaf].long()
+    total = torch.zeros(tree.num_groups, dtype=gap.dtype, device=gap.device)
+    sums = total.index_add(0, group, gap[tree.leaf])
+    return sums / torch.bincount(group, minlength=tree.num_groups).clamp(min=1)
+
+
+def _node_weights(tree: TokenTree, pairs: Tensor, normalization: str, weights: Tensor | None) -> Tensor:
+    """(T,) float64 coefficient of the windows ending at each node; `pairs` is their weight at count 1."""
+    num = tree.leaf.shape[0]
+    share = torch.ones(num, dtype=torch.float64, device=pairs.device) if weights is None else weights.double()
+    checks.check_shape("modified_subtb_loss", "weights", share, (num,), "one weight per trajectory")
+    if normalization == "trajectory":
+        total = tree_cumsum(pairs, tree.parent)[tree.leaf]
+        used = total > 0
+        share = share * used / torch.where(used, total, torch.ones_like(total)) / used.sum().clamp(min=1)
+        return _through(tree, share)
+    mass = tree.count * pairs
+    if normalization == "batch":
+        return _through(tree, share) / _nonzero(mass.sum())
+    zeros = torch.zeros(tree.num_groups, dtype=torch.float64, device=pairs.device)
+    per_group = zeros.index_add(0, tree.group.long(), mass)
+    scale = (per_group > 0) / _nonzero(per_group) / (per_group > 0).sum().clamp(min=1)
+    return _through(tree, share) * scale[tree.group.long()]
+
+
+def _through(tree: TokenTree, share: Tensor) -> Tensor:
+    """(T,) sum of `share` (N,) over the trajectories that pass through each node."""
+    at_leaf = torch.zeros(tree.num_nodes, dtype=share.dtype, device=share.device)
+    return subtree_sum(at_leaf.index_add(0, tree.leaf, share), tree.parent)
+
+
+def _nonzero(total: Tensor) -> Tensor:
+    return torch.where(total > 0, total, torch.ones_like(total))

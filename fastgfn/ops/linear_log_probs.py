@@ -1,0 +1,265 @@
+"""Log-probabilities of the head without the (R, V) logits: the dispatcher op `fastgfn::linear_log_probs` and
+its two backward ops, in torch. Equations: `reference/linear_log_probs.py`.
+
+The vocabulary is cut into tiles and is the outer loop: the weight is read once per pass, a tile of logits stays
+in cache, and the weight gradient of a tile is written once. The columns to read are a sorted list of distinct
+(column, row) entries, so that those of a tile are one range and every gradient sum has a fixed order.
+"""
+
+import torch
+from torch import Tensor
+
+# Logits of one tile are (R, VOCAB_TILE); wider tiles leave the cache and were slower at every R.
+VOCAB_TILE = 512
+
+
+def linear_log_probs(
+    hidden: Tensor,  # (R, D) floating point, any strides
+    weight: Tensor,  # (V, D) same dtype
+    targets: Tensor,  # (M,) int32 | int64
+    rows: Tensor,  # (M,) int32 | int64
+    *,
+    termination_token_id: int | None,
+    bias: Tensor | None,
+    logit_bias: Tensor | None,
+    logit_scale: float,
+    final_logit_softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """log_pf (M,), log_pterm (R,) or None, lse (R,); see `functional.log_probs.linear_log_probs`.
+
+    The distinct entries are counted on the host (one synchronisation on CUDA).
+    """
+    num_rows, num_targets = hidden.shape[0], targets.shape[0]
+    ignored = targets == ignore_index
+    # An ignored target reads column 0: it gets no gradient, and S may hold a column too many.
+    keys = targets.masked_fill(ignored, 0).long() * num_rows + rows
+    if termination_token_id is not None:
+        row_ids = torch.arange(num_rows, device=keys.device)
+        keys = torch.cat([keys, termination_token_id * num_rows + row_ids])
+    entries, slot = keys.unique(return_inverse=True)
+    is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    log_p, lse, *_ = torch.ops.fastgfn.linear_log_probs(
+        hidden,
+        weight,
+        bias,
+        logit_bias,
+        entries % max(num_rows, 1),
+        entries // max(num_rows, 1),
+        logit_scale,
+        final_logit_softcap,
+        temperature,
+        is_frozen and hidden.requires_grad and torch.is_grad_enabled(),
+    )
+    log_p = log_p.index_select(0, slot)
+    log_pf = log_p[:num_targets].masked_fill(ignored, 0.0)
+    return log_pf, None if termination_token_id is None else log_p[num_targets:], lse
+
+
+@torch.library.custom_op("fastgfn::linear_log_probs", mutates_args=())
+def _linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_bias: Tensor | None,
+    rows: Tensor,  # (E,) int64
+    columns: Tensor,  # (E,) int64; (column, row) sorted and distinct
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    save_row_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log p and softcap' of the entries (E,), lse (R,) between them, and o (R, D) or (0,)."""
+    num_rows, width = hidden.shape
+    x = _scaled_hidden(hidden, logit_scale, softcap, temperature)
+    # Finite, so that a tile of -inf logits adds exp(-inf - peak) = 0 instead of exp(nan).
+    peak = x.new_full((num_rows, 1), torch.finfo(x.dtype).min)
+    total = x.new_zeros(num_rows, 1)
+    row_grad = x.new_zeros((num_rows, width) if save_row_grad else (0,))
+    logits, slope = x.new_empty(rows.shape), x.new_ones(rows.shape)
+    for span, own in _tiles(columns, weight.shape[0]):
+        w = weight[span]
+        z, s = _tile_logits(x, w, bias, logit_bias, span, logit_scale, softcap, temperature)
+        at = (rows[own], columns[own] - span.start)
+        logits[own] = z[at]
+        if s is not None:
+            slope[own] = s[at]
+        old, peak = peak, torch.maximum(peak, z.amax(1, keepdim=True))
+        shrink = (old - peak).exp_()
+        z.sub_(peak).exp_()
+        total.mul_(shrink).add_(z.sum(1, keepdim=True))
+        if save_row_grad:
+            z[at] = 0.0
+            if s is not None:
+                z.mul_(s)
+            row_grad.mul_(shrink).add_(z.to(w.dtype) @ w)
+    log_total = total.log()
+    log_p = (logits - peak[rows, 0]) - log_total[rows, 0]
+    if save_row_grad:
+        row_grad.div_(total)
+    return log_p, (peak + log_total)[:, 0], slope, row_grad
+
+
+@torch.library.custom_op("fastgfn::linear_log_probs_frozen_backward", mutates_args=())
+def _frozen_backward(
+    grad_log_p: Tensor,  # (E,)
+    grad_lse: Tensor,  # (R,)
+    weight: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    log_p: Tensor,
+    slope: Tensor,
+    row_grad: Tensor,
+    factor: float,
+) -> Tensor:
+    """d hidden (R, D) in the dtype of `weight`, from the saved o: no product over the vocabulary."""
+    rest, at_entries = _logit_grads(grad_log_p, grad_lse, rows, log_p, slope)
+    grad = row_grad * rest[:, None]
+    grad.index_add_(0, rows, at_entries[:, None] * weight[columns].to(grad.dtype))
+    return grad.mul_(factor).to(weight.dtype)
+
+
+@torch.library.custom_op("fastgfn::linear_log_probs_backward", mutates_args=())
+def _backward(
+    grad_log_p: Tensor,  # (E,)
+    grad_lse: Tensor,  # (R,)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_bias: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    log_p: Tensor,
+    lse: Tensor,
+    slope: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    needs: list[bool],  # d hidden, d weight, d bias
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d hidden (R, D), d weight (V, D), d bias (V,), each (0,) if not needed; the logits are recomputed."""
+    x = _scaled_hidden(hidden, logit_scale, softcap, temperature)
+    rest, at_entries = _logit_grads(grad_log_p, grad_lse, rows, log_p, slope)
+    factor = logit_scale / temperature
+    need_hidden, need_weight, need_bias = needs
+    grad_hidden = x.new_zeros(hidden.shape if need_hidden else (0,))
+    grad_weight = weight.new_empty(weight.shape if need_weight else (0,))
+    grad_bias = weight.new_empty(weight.shape[:1] if need_bias else (0,))
+    for span, own in _tiles(columns, weight.shape[0]):
+        w = weight[span]
+        z, s = _tile_logits(x, w, bias, logit_bias, span, logit_scale, softcap, temperature)
+        z.sub_(lse[:, None]).exp_().mul_(rest[:, None])
+        if s is not None:
+            z.mul_(s)
+        z[rows[own], columns[own] - span.start] = at_entries[own]
+        z.mul_(factor)
+        if need_hidden:
+            grad_hidden.add_(z.to(w.dtype) @ w)
+        if need_weight:
+            grad_weight[span] = z.to(w.dtype).T @ hidden
+        if need_bias:
+            grad_bias[span] = z.sum(0)
+    return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
+
+
+def _scaled_hidden(hidden: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.to(dtype) * (logit_scale / (temperature if softcap is None else softcap))
+
+
+def _tiles(columns: Tensor, vocab: int) -> list[tuple[slice, slice]]:
+    """Column range and entry range of every tile."""
+    starts = list(range(0, vocab, VOCAB_TILE)) + [vocab]
+    cuts = torch.searchsorted(columns, torch.tensor(starts, device=columns.device)).tolist()
+    return [
+        (slice(a, b), slice(i, j))
+        for a, b, i, j in zip(starts[:-1], starts[1:], cuts[:-1], cuts[1:], strict=True)
+    ]
+
+
+def _tile_logits(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_bias: Tensor | None,
+    span: slice,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of a tile and, with a softcap, its derivative; x is already scaled by `_scaled_hidden`."""
+    z = x @ weight.to(x.dtype).T
+    slope = None
+    if bias is not None:
+        z.add_(bias[span].to(x.dtype), alpha=logit_scale / (temperature if softcap is None else softcap))
+    if softcap is not None:
+        z.tanh_()
+        slope = 1.0 - z * z
+        z.mul_(softcap / temperature)
+    if logit_bias is not None:
+        z.add_(logit_bias[span].to(x.dtype), alpha=1.0 / temperature)
+    return z, slope
+
+
+def _logit_grads(
+    grad_log_p: Tensor, grad_lse: Tensor, rows: Tensor, log_p: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor]:
+    """-(G - l) of every row, and temperature * dL/dx of every entry."""
+    total = torch.zeros_like(grad_lse).index_add_(0, rows, grad_log_p)
+    others = total[rows] - grad_log_p - grad_lse[rows]
+    at_entries = (grad_log_p * -torch.expm1(log_p) - log_p.exp() * others) * slope
+    return grad_lse - total, at_entries
+
+
+@_linear_log_probs.register_fake
+def _(hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, temperature, save_row_grad):
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    per_entry = hidden.new_empty(rows.shape, dtype=dtype)
+    row_grad = hidden.new_empty(hidden.shape if save_row_grad else (0,), dtype=dtype)
+    return per_entry, hidden.new_empty(hidden.shape[0], dtype=dtype), torch.empty_like(per_entry), row_grad
+
+
+@_frozen_backward.register_fake
+def _(grad_log_p, grad_lse, weight, rows, columns, log_p, slope, row_grad, factor):
+    return row_grad.new_empty(row_grad.shape, dtype=weight.dtype)
+
+
+@_backward.register_fake
+def _(
+    grad_log_p, grad_lse, hidden, weight, bias, logit_bias, rows, columns, log_p, lse, slope,
+    logit_scale, softcap, temperature, needs,
+):  # fmt: skip
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(weight.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _save(ctx, inputs, output):
+    hidden, weight, bias, logit_bias, rows, columns, *ctx.scales, ctx.has_row_grad = inputs
+    log_p, lse, slope, row_grad = output
+    ctx.mark_non_differentiable(slope, row_grad)
+    ctx.set_materialize_grads(False)
+    if ctx.has_row_grad:
+        ctx.save_for_backward(weight, rows, columns, log_p, lse, slope, row_grad)
+    else:
+        ctx.save_for_backward(hidden, weight, bias, logit_bias, rows, columns, log_p, lse, slope)
+
+
+def _gradient(ctx, grad_log_p, grad_lse, grad_slope, grad_row_grad):
+    *inputs, log_p, lse, slope = ctx.saved_tensors[: 6 if ctx.has_row_grad else 9]
+    grad_log_p = torch.zeros_like(log_p) if grad_log_p is None else grad_log_p
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    if ctx.has_row_grad:
+        logit_scale, _, temperature = ctx.scales
+        grad = torch.ops.fastgfn.linear_log_probs_frozen_backward(
+            grad_log_p, grad_lse, *inputs, log_p, slope, ctx.saved_tensors[6], logit_scale / temperature
+        )
+        return grad, *[None] * 9
+    needs = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.fastgfn.linear_log_probs_backward(
+        grad_log_p, grad_lse, *inputs, log_p, lse, slope, *ctx.scales, needs
+    )
+    return *[g if need else None for g, need in zip(grads, needs, strict=True)], *[None] * 7
+
+
+torch.library.register_autograd("fastgfn::linear_log_probs", _gradient, setup_context=_save)

@@ -1,0 +1,172 @@
+"""A per-prompt replay buffer: a lay-by between sampling and packing.
+
+It stores token sequences with their un-tempered log R, so that a change of the reward temperature re-applies
+on replay. Entries are kept in order of log R; the worst is evicted. Randomness comes from the caller.
+"""
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgfn import checks
+from fastgfn.types import Rollouts
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Entry:
+    """One stored sequence; ordered by log R, ties by tokens, so that eviction is reproducible."""
+
+    log_reward: float
+    tokens: tuple[int, ...]
+
+
+class ReplayBuffer:
+    """Sequences per prompt, best rewards kept.
+
+    Args:
+        capacity: entries per prompt.
+        duplicates: "near" (default) also rejects a sequence whose edit distance to a stored one is below
+            tolerance * (sum of both lengths), unless it beats every such neighbour, which it then replaces;
+            "exact" rejects equal sequences only. "near" needs rapidfuzz.
+        tolerance: see above; 0.25 is the paper's.
+        priority: how `sample` draws, without replacement: "reward" proportional to R, "uniform".
+    """
+
+    def __init__(
+        self,
+        capacity: int = 50,
+        *,
+        duplicates: str = "near",
+        tolerance: float = 0.25,
+        priority: str = "reward",
+    ) -> None:
+        name = "ReplayBuffer"
+        checks.check(capacity >= 1, name, "capacity", ">= 1", capacity, "raise it, or train without replay")
+        checks.check(
+            duplicates in ("near", "exact"), name, "duplicates", "'near' or 'exact'", duplicates, "use 'near'"
+        )
+        checks.check(
+            priority in ("reward", "uniform"),
+            name,
+            "priority",
+            "'reward' or 'uniform'",
+            priority,
+            "use 'reward'",
+        )
+        if duplicates == "near":
+            try:
+                from rapidfuzz.distance import Levenshtein
+            except ImportError:
+                checks.missing_package(
+                    name, "rapidfuzz", "run `pip install 'fastgfn[replay]'` or use duplicates='exact'"
+                )
+            self._distance = Levenshtein.distance
+        self.capacity = capacity
+        self.duplicates = duplicates
+        self.tolerance = tolerance
+        self.priority = priority
+        self._entries: dict[tuple[int, ...], list[Entry]] = {}
+        self._known: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(entries) for entries in self._entries.values())
+
+    def entries(self, prompt: Sequence[int]) -> list[Entry]:
+        """Stored entries of a prompt, worst first."""
+        return list(self._entries.get(tuple(prompt), ()))
+
+    def add(self, rollouts: Rollouts, log_reward: Tensor) -> int:
+        """Insert the trajectories with their un-tempered terminal log R, (N,); returns how many were new.
+
+        Raises:
+            InputError: log_reward has another shape or a non-finite value.
+        """
+        want = (rollouts.num_trajectories,)
+        checks.check_shape("ReplayBuffer.add", "log_reward", log_reward, want, "one value per trajectory")
+        checks.check(
+            bool(log_reward.isfinite().all()),
+            "ReplayBuffer.add",
+            "log_reward",
+            "finite",
+            "nan or inf",
+            "clamp it",
+        )
+        keys = [tuple(p.tolist()) for p in rollouts.prompts]
+        rows = zip(rollouts.group.tolist(), rollouts.sequences(), log_reward.tolist(), strict=True)
+        return sum(self._insert(keys[group], Entry(value, tuple(tokens))) for group, tokens, value in rows)
+
+    def _insert(self, prompt: tuple[int, ...], entry: Entry) -> bool:
+        entries = self._entries.setdefault(prompt, [])
+        known = self._known.setdefault(prompt, set())
+        if entry.tokens in known:
+            return False
+        if len(entries) == self.capacity and entry < entries[0]:
+            return False
+        if self.duplicates == "near":
+            near = [e for e in entries if self._is_near(e.tokens, entry.tokens)]
+            if near and max(near) > entry:
+                return False
+            for e in near:
+                self._remove(prompt, e)
+        if len(entries) == self.capacity:
+            self._remove(prompt, entries[0])
+        bisect.insort(entries, entry)
+        known.add(entry.tokens)
+        return True
+
+    def _remove(self, prompt: tuple[int, ...], entry: Entry) -> None:
+        del self._entries[prompt][bisect.bisect_left(self._entries[prompt], entry)]
+        self._known[prompt].discard(entry.tokens)
+
+    def _is_near(self, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+        cutoff = self.tolerance * (len(a) + len(b))
+        return self._distance(a, b, score_cutoff=math.ceil(cutoff)) < cutoff
+
+    def sample(self, rollouts: Rollouts, num_samples: int, rng: np.random.Generator) -> Rollouts | None:
+        """Up to `num_samples` stored sequences for each prompt of `rollouts`, or None if nothing is stored.
+
+        The result has the prompts and constraints of `rollouts`; its log_behavior is NaN (unknown).
+        """
+        tokens, group = [], []
+        for g, prompt in enumerate(rollouts.prompts):
+            entries = self._entries.get(tuple(prompt.tolist()), [])
+            chosen = self._choose(entries, min(num_samples, len(entries)), rng)
+            tokens += [entries[i].tokens for i in chosen]
+            group += [g] * len(chosen)
+        if not tokens:
+            return None
+        lengths = torch.tensor([len(t) for t in tokens])
+        padded = torch.zeros(len(tokens), rollouts.constraints.max_length, dtype=torch.int64)
+        for row, t in zip(padded, tokens, strict=True):
+            row[: len(t)] = torch.tensor(t, dtype=torch.int64)
+        unknown = torch.full((len(tokens),), math.nan)
+        return Rollouts(rollouts.prompts, torch.tensor(group), padded, lengths, unknown, rollouts.constraints)
+
+    def _choose(self, entries: list[Entry], size: int, rng: np.random.Generator) -> list[int]:
+        """Gumbel top-k: a draw without replacement, proportional to R or uniform."""
+        if not size:
+            return []
+        score = rng.gumbel(size=len(entries))
+        if self.priority == "reward":
+            score = score + np.array([e.log_reward for e in entries])
+        return np.sort(np.argsort(-score, kind="stable")[:size]).tolist()
+
+    def state(self) -> dict:
+        """JSON-ready contents; floats survive exactly."""
+        rows = {
+            ",".join(map(str, p)): [[e.log_reward, list(e.tokens)] for e in v]
+            for p, v in self._entries.items()
+        }
+        return {"entries": rows}
+
+    def load_state(self, state: dict) -> None:
+        self._entries = {
+            tuple(map(int, prompt.split(","))): [Entry(value, tuple(tokens)) for value, tokens in rows]
+            for prompt, rows in state["entries"].items()
+        }
+        self._known = {p: {e.tokens for e in rows} for p, rows in self._entries.items()}

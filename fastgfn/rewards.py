@@ -1,0 +1,120 @@
+"""Stage 3, beside `score`: TokenTree -> log R of every prefix that may stop.
+
+A reward is a callable(TokenTree) -> (T,) tensor holding the un-tempered log R(s stop) at terminable nodes;
+other entries are ignored. A reward that is only known at the end of a trajectory sets `terminal_only = True`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastgfn import checks
+from fastgfn.models import Reference
+from fastgfn.ops.scan import tree_cumsum
+from fastgfn.ops.tree import path_nodes
+from fastgfn.types import TokenTree
+
+Reward = Callable[[TokenTree], Tensor]
+
+
+class LMReward:
+    """log p(X Z stop) - log p(X) of the base model, for all prefixes in one forward of the tree.
+
+    Args:
+        reference: `policy.reference`.
+        logit_bias: (V,) added to the base model's logits before its softmax, or None.
+        short_penalty: log R of prefixes below min_length under "own" termination (the published -99); under
+            "forced" such prefixes are not terminable and it is not used.
+    """
+
+    terminal_only = False
+
+    def __init__(
+        self, reference: Reference, *, logit_bias: Tensor | None = None, short_penalty: float = -99.0
+    ) -> None:
+        self.reference = reference
+        self.logit_bias = logit_bias
+        self.short_penalty = short_penalty
+
+    @torch.no_grad()
+    def __call__(self, tree: TokenTree) -> Tensor:
+        raw = self.reference.tree_log_probs(tree, self.logit_bias)
+        value = tree_cumsum(raw.log_pf, tree.parent) + raw.log_pterm
+        short = tree.is_state & (tree.length < tree.constraints.min_length)
+        return value.masked_fill(short, self.short_penalty)
+
+
+class SequenceReward:
+    """A reward from a plain function of token ids: `function(list of Z) -> one log R per Z`.
+
+    Every distinct terminable prefix is passed exactly once; Z excludes prompt and termination token. With
+    terminal_only=True the reward says that it is only meaningful at the end of a trajectory.
+    """
+
+    def __init__(
+        self, function: Callable[[list[list[int]]], Sequence[float] | Tensor], *, terminal_only: bool = False
+    ) -> None:
+        self.function = function
+        self.terminal_only = terminal_only
+
+    def __call__(self, tree: TokenTree) -> Tensor:
+        nodes = tree.terminable.nonzero()[:, 0]
+        value = torch.as_tensor(self.function(node_sequences(tree, nodes)), dtype=torch.float32)
+        checks.check_shape(
+            "SequenceReward",
+            "the function's result",
+            value,
+            (len(nodes),),
+            "return one log-reward per sequence",
+        )
+        return (
+            torch.zeros(tree.num_nodes, dtype=torch.float32)
+            .index_copy(0, nodes.cpu(), value)
+            .to(nodes.device)
+        )
+
+
+def node_sequences(tree: TokenTree, nodes: Tensor) -> list[list[int]]:
+    """The tokens of Z that lead to each node."""
+    lengths = tree.length[nodes].long()
+    width = int(lengths.max()) if len(nodes) else 0
+    path = path_nodes(tree.parent, nodes, lengths, width)
+    tokens = tree.tokens[path.clamp(min=0)].tolist()
+    return [row[:n] for row, n in zip(tokens, lengths.tolist(), strict=True)]
+
+
+def log_reward(tree: TokenTree, *, reward: Reward) -> Tensor:
+    """(T,) float32 un-tempered log R at terminable nodes, 0 elsewhere; detached and checked.
+
+    Raises:
+        InputError: the reward returned a wrong shape or a non-finite value (the sequence is named).
+        InputTypeError: it returned something that is not a floating-point tensor.
+    """
+    value = reward(tree)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        have = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        checks.fail(
+            "log_reward",
+            "the reward's result",
+            "a floating-point tensor",
+            have,
+            "return log R per node, or wrap a function of token ids in SequenceReward",
+            kind=checks.InputTypeError,
+        )
+    checks.check_shape(
+        "log_reward", "the reward's result", value, (tree.num_nodes,), "return one value per tree node"
+    )
+    value = value.detach().to(tree.tokens.device)
+    value = (value if value.dtype == torch.float64 else value.float()).masked_fill(~tree.terminable, 0.0)
+    bad = ~value.isfinite()
+    if bool(bad.any()):
+        node = bad.nonzero()[0]
+        checks.fail(
+            "log_reward",
+            "log R",
+            "finite",
+            f"{float(value[node])} for Z = {node_sequences(tree, node)[0]}",
+            "clamp the reward from below (e.g. -99) and check its inputs",
+        )
+    return value

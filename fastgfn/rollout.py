@@ -1,0 +1,194 @@
+"""Stage 1: prompts -> Rollouts. Decode without gradient, each prompt's keys and values computed once.
+
+Samples that still share their whole prefix share one row of the running batch, so the model sees every
+distinct prefix once; finished rows leave the batch. The noise of a draw is keyed by (seed, trajectory,
+position, token), so none of this changes which tokens are drawn.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgfn import checks
+from fastgfn.attention import DecodeAttention, TreeAttention
+from fastgfn.functional.sampling import sample_next
+from fastgfn.models import Policy
+from fastgfn.ops.attention import TreeMask
+from fastgfn.ops.decode import decode_update_
+from fastgfn.types import Constraints, Rollouts, as_int64
+
+LOGIT_BYTES = 64 * 2**20
+
+
+@torch.no_grad()
+def sample(
+    prompts: Sequence[Sequence[int] | Tensor],
+    *,
+    policy: Policy,
+    constraints: Constraints,
+    num_samples: int,
+    temperature: float | Tensor = 1.0,
+    seed: int = 0,
+    first_trajectory: int = 0,
+) -> Rollouts:
+    """Draw `num_samples` sequences for each of G prompts.
+
+    Args:
+        prompts: G token-id sequences, none empty.
+        constraints: the sequence set; its vocabulary mask and limits bind every draw.
+        temperature: divides the logits of the draw, one number or (G * num_samples,) float; > 0. The
+            log-probs that enter a loss never see it: they come from `score`.
+        seed, first_trajectory: the noise of trajectory i is keyed by (seed, first_trajectory + i).
+
+    Returns:
+        Rollouts with N = G * num_samples trajectories, ordered by prompt.
+
+    Raises:
+        InputError: an empty prompt, one longer than the model's context allows, a termination token outside
+            the vocabulary, a temperature <= 0.
+    """
+    prompts = tuple(as_int64(p) for p in prompts)
+    _check(prompts, policy, constraints, num_samples)
+    total = len(prompts) * num_samples
+    temperature = torch.as_tensor(temperature, dtype=torch.float32).expand(total)
+    checks.check(
+        bool((temperature > 0).all()),
+        "sample",
+        "temperature",
+        "> 0",
+        float(temperature.min()),
+        "use e.g. 1.0",
+    )
+    return _Decoder(prompts, policy, constraints, num_samples, temperature, seed, first_trajectory).run()
+
+
+class _Decoder:
+    def __init__(self, prompts, policy, constraints, num_samples, temperature, seed, first_trajectory):
+        self.prompts = prompts
+        self.policy = policy
+        self.constraints = constraints
+        self.temperature = temperature
+        self.seed = seed
+        self.first_trajectory = first_trajectory
+        self.prompt_length = as_int64([len(p) for p in prompts])
+        self.group = torch.arange(len(prompts)).repeat_interleave(num_samples)
+        total = len(self.group)
+        self.tokens = torch.zeros(total, constraints.max_length, dtype=torch.int64)
+        self.lengths = torch.zeros(total, dtype=torch.int64)
+        self.finished = torch.zeros(total, dtype=torch.bool)
+        self.log_behavior = torch.zeros(total, dtype=torch.float32)
+
+    def run(self) -> Rollouts:
+        hidden, attention = self._prefill()
+        alive = torch.arange(len(self.group))
+        row_of, row_group = self.group, torch.arange(len(self.prompts))
+        for step in range(self.constraints.max_length):
+            drawn = self._draw(hidden, row_of, alive, step)
+            decode_update_(
+                self.tokens,
+                self.lengths,
+                self.finished,
+                drawn,
+                alive,
+                self.constraints.termination_token_id,
+                self.constraints.max_length,
+            )
+            going = ~self.finished[alive]
+            if not bool(going.any()):
+                break
+            alive = alive[going]
+            vocab = self.policy.vocab_size
+            key, row_of_next = torch.unique(row_of[going] * vocab + drawn[going], return_inverse=True)
+            parent, token = key // vocab, key % vocab
+            row_of, row_group = row_of_next, row_group[parent]
+            attention.select(
+                parent if step else None, torch.bincount(row_group, minlength=len(self.prompts)).tolist()
+            )
+            device = self.policy.device
+            depth = self.prompt_length[row_group] + step
+            hidden = self.policy.hidden(token.to(device), depth.to(device), attention)
+        return Rollouts(
+            self.prompts, self.group, self.tokens, self.lengths, self.log_behavior, self.constraints
+        )
+
+    def _prefill(self) -> tuple[Tensor, DecodeAttention]:
+        device = self.policy.device
+        stop = self.prompt_length.cumsum(0)
+        start = stop - self.prompt_length
+        position = torch.arange(int(stop[-1])) - start.repeat_interleave(self.prompt_length)
+        end = stop.repeat_interleave(self.prompt_length).int()
+        attention = TreeAttention(TreeMask(end.to(device), position.to(device)), keep_kv=True)
+        hidden = self.policy.hidden(torch.cat(self.prompts).to(device), position.to(device), attention)
+        spans = list(zip(start.tolist(), stop.tolist(), strict=True))
+        return hidden[(stop - 1).to(device)], DecodeAttention(attention.kv, spans)
+
+    def _draw(self, hidden: Tensor, row_of: Tensor, alive: Tensor, step: int) -> Tensor:
+        head, constraints = self.policy.head, self.constraints
+        drawn = torch.empty_like(alive)
+        forbid = torch.full(alive.shape, step < constraints.min_length)
+        chunk = max(1, LOGIT_BYTES // (4 * self.policy.vocab_size))
+        for first in range(0, hidden.shape[0], chunk):
+            rows = hidden[first : first + chunk]
+            logits = torch.nn.functional.linear(rows, head.weight, head.bias).float() * head.logit_scale
+            if head.softcap is not None:
+                logits = head.softcap * torch.tanh(logits / head.softcap)
+            here = ((row_of >= first) & (row_of < first + chunk)).nonzero()[:, 0]
+            draw = sample_next(
+                logits.cpu(),
+                rows=row_of[here] - first,
+                temperature=self.temperature[alive[here]],
+                logit_bias=constraints.logit_bias,
+                termination_token_id=constraints.termination_token_id,
+                forbid_termination=forbid[here],
+                seed=self.seed,
+                trajectory=self.first_trajectory + alive[here],
+                position=torch.full(here.shape, step),
+            )
+            drawn[here] = draw.token
+            self.log_behavior[alive[here]] += draw.log_behavior
+        return drawn
+
+
+def _check(prompts: tuple[Tensor, ...], policy: Policy, constraints: Constraints, num_samples: int) -> None:
+    checks.check(len(prompts) > 0, "sample", "prompts", "at least one prompt", 0, "pass a list of token ids")
+    checks.check(num_samples >= 1, "sample", "num_samples", ">= 1", num_samples, "raise it")
+    vocab = policy.vocab_size
+    checks.check(
+        constraints.termination_token_id < vocab,
+        "sample",
+        "termination_token_id",
+        f"in [0, {vocab})",
+        constraints.termination_token_id,
+        "pass a token id of this model's vocabulary",
+    )
+    if constraints.logit_bias is not None:
+        checks.check_shape("sample", "logit_bias", constraints.logit_bias, (vocab,), "one entry per token id")
+    limit = policy.max_positions
+    for g, prompt in enumerate(prompts):
+        checks.check(
+            prompt.dim() == 1 and len(prompt) > 0,
+            "sample",
+            f"prompts[{g}]",
+            "a non-empty list",
+            [],
+            "add a token",
+        )
+        low, high = int(prompt.min()), int(prompt.max())
+        checks.check(
+            low >= 0 and high < vocab,
+            "sample",
+            f"prompts[{g}]",
+            f"ids in [0, {vocab})",
+            (low, high),
+            "use this model's tokenizer",
+        )
+        longest = len(prompt) + constraints.max_length
+        checks.check(
+            limit is None or longest <= limit,
+            "sample",
+            f"prompts[{g}]",
+            f"at most {limit} - max_length = {(limit or 0) - constraints.max_length} tokens",
+            len(prompt),
+            "shorten the prompt or lower max_length",
+        )

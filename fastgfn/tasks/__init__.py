@@ -1,0 +1,1 @@
+"""Tasks: data -> prompts, reward, metrics. No training code."""

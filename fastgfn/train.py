@@ -1,0 +1,242 @@
+"""The loop: `Trainer.step` is the road, in order, and nothing else.
+
+prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss -> optimiser step
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgfn import checks
+from fastgfn.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fastgfn.config import TrainConfig
+from fastgfn.models import Policy
+from fastgfn.objectives import modified_subtb_loss
+from fastgfn.packing import pack
+from fastgfn.replay import ReplayBuffer
+from fastgfn.rewards import Reward, log_reward
+from fastgfn.rollout import sample
+from fastgfn.scoring import score
+from fastgfn.types import Constraints, Rollouts
+
+_TEMPERATURES, _REPLAY, _PROMPTS = range(3)
+
+
+class Trainer:
+    """Fine-tune a policy to draw Z with probability proportional to R(Z)^(1/T).
+
+    Args:
+        policy: a Policy with trainable parameters; it is changed in place.
+        prompts: token ids of every training prompt.
+        reward: callable(TokenTree) -> un-tempered log R per node, see fastgfn.rewards.
+        constraints: the sequence set.
+        config: settings.
+
+    Raises:
+        InputError: no prompts, no trainable parameters, or a terminal-only reward.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        prompts: Sequence[Sequence[int]],
+        reward: Reward,
+        constraints: Constraints,
+        config: TrainConfig,
+    ) -> None:
+        checks.check(
+            len(prompts) > 0, "Trainer", "prompts", "at least one prompt", 0, "pass lists of token ids"
+        )
+        checks.check(
+            not getattr(reward, "terminal_only", False),
+            "Trainer",
+            "reward",
+            "defined on every terminable prefix",
+            "a terminal-only reward",
+            "SubTB needs prefix rewards; use trajectory balance (TB) or VarGrad for terminal-only ones",
+        )
+        parameters = [p for _, p in policy.parameters()]
+        checks.check(bool(parameters), "Trainer", "policy", "trainable", "no parameters", "use load_policy")
+        self.policy = policy
+        self.prompts = [list(p) for p in prompts]
+        self.reward = reward
+        self.constraints = constraints
+        self.config = config
+        self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+        self.buffer = ReplayBuffer(
+            config.replay_capacity,
+            duplicates=config.replay_duplicates if config.replay_samples else "exact",
+            tolerance=config.replay_tolerance,
+            priority=config.replay_priority,
+        )
+        self.steps_done = 0
+        self.trajectories = 0
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step over `accumulation` micro-batches; returns metrics of the batch."""
+        config, step = self.config, self.steps_done
+        learning_rate, reward_temperature = config.learning_rate_at(step), config.reward_temperature_at(step)
+        metrics: dict[str, float] = {"loss": 0.0, "log_z": 0.0}
+        self.optimizer.zero_grad()
+        for micro in range(config.accumulation):
+            drawn = sample(
+                self._prompts(step, micro),
+                policy=self.policy,
+                constraints=self.constraints,
+                num_samples=config.num_samples,
+                temperature=self._temperatures(step, micro),
+                seed=config.seed,
+                first_trajectory=self.trajectories,
+            )
+            tree = pack(self._with_replay(drawn, step, micro), device=self.policy.device)
+            log_probs = score(tree, policy=self.policy)
+            raw_log_reward = log_reward(tree, reward=self.reward)
+            objective = modified_subtb_loss(
+                log_probs,
+                tree=tree,
+                log_reward=raw_log_reward / reward_temperature,
+                subtb_lambda=config.subtb_lambda,
+                normalization=config.normalization,
+            )
+            (objective.loss / config.accumulation).backward()
+            self._remember(drawn, raw_log_reward[tree.leaf])
+            metrics["loss"] += float(objective.loss) / config.accumulation
+            metrics["log_z"] += float(objective.log_z.mean()) / config.accumulation
+        metrics["grad_norm"] = self._update(learning_rate)
+        self.steps_done += 1
+        metrics |= {"learning_rate": learning_rate, "reward_temperature": reward_temperature}
+        return metrics | {
+            "buffer": len(self.buffer),
+            "trajectories": self.trajectories,
+            "tokens": self.tokens,
+        }
+
+    def fit(
+        self,
+        run_folder: Path,
+        *,
+        on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Run to `config.steps`, saving a checkpoint every `checkpoint_every` steps and at the end.
+
+        `should_stop` is asked after every step; when it says yes a checkpoint is written and False returned.
+        """
+        every = self.config.checkpoint_every
+        while self.steps_done < self.config.steps:
+            started = time.perf_counter()
+            metrics = self.step()
+            self.seconds += time.perf_counter() - started
+            on_step(self.steps_done, metrics)
+            stop = should_stop()
+            if stop or self.steps_done == self.config.steps or (every and self.steps_done % every == 0):
+                self.save(run_folder)
+            if stop:
+                return self.steps_done == self.config.steps
+        return True
+
+    def save(self, run_folder: Path) -> Path:
+        """Write a checkpoint; see fastgfn.checkpoint."""
+        state = {
+            "step": self.steps_done,
+            "trajectories": self.trajectories,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "config": self.config.to_dict(),
+            "buffer": self.buffer.state(),
+        }
+        return save_checkpoint(Path(run_folder), self.policy, self.optimizer, state)
+
+    def resume(self, run_folder: Path) -> int:
+        """Continue from the newest checkpoint of a run folder; returns the number of steps already done.
+
+        Raises:
+            InputError: no checkpoint, or it was written with other settings.
+        """
+        found = checkpoints(Path(run_folder))
+        checks.check(
+            bool(found),
+            "Trainer.resume",
+            "run_folder",
+            "a run with a checkpoint",
+            str(run_folder),
+            "train first",
+        )
+        state = load_checkpoint(found[-1], self.policy, self.optimizer)
+        saved = TrainConfig.from_dict(state["config"]).to_dict()
+        for key, value in self.config.to_dict().items():
+            checks.check(
+                saved[key] == value,
+                "Trainer.resume",
+                key,
+                repr(saved[key]),
+                repr(value),
+                "keep the run's setting",
+            )
+        self.steps_done, self.trajectories, self.tokens = (
+            state["step"],
+            state["trajectories"],
+            state["tokens"],
+        )
+        self.seconds = state["seconds"]
+        self.buffer.load_state(state["buffer"])
+        return self.steps_done
+
+    def _rng(self, stream: int, *index: int) -> np.random.Generator:
+        """A generator of its own for every (stream, step, micro-batch), so there is no state to save."""
+        return np.random.default_rng([self.config.seed, stream, *index])
+
+    def _prompts(self, step: int, micro: int) -> list[list[int]]:
+        """The next prompts of a stream that visits every prompt once per epoch, in a new order each time."""
+        first = (step * self.config.accumulation + micro) * self.config.prompts_per_step
+        chosen = []
+        for index in range(first, first + self.config.prompts_per_step):
+            epoch, place = divmod(index, len(self.prompts))
+            chosen.append(self.prompts[self._rng(_PROMPTS, epoch).permutation(len(self.prompts))[place]])
+        return chosen
+
+    def _temperatures(self, step: int, micro: int) -> Tensor:
+        """(N,) sampling temperatures: the first `tempered_share` of each prompt's samples are tempered."""
+        config = self.config
+        shape = (config.prompts_per_step, config.num_samples)
+        tempered = round(config.tempered_share * config.num_samples)
+        low, high = config.temperature_range
+        values = torch.from_numpy(self._rng(_TEMPERATURES, step, micro).uniform(low, high, size=shape))
+        values[:, tempered:] = 1.0
+        return values.flatten()
+
+    def _with_replay(self, drawn: Rollouts, step: int, micro: int) -> Rollouts:
+        if not self.config.replay_samples:
+            return drawn
+        rng = self._rng(_REPLAY, step, micro)
+        replayed = self.buffer.sample(drawn, self.config.replay_samples, rng)
+        return drawn if replayed is None else drawn.extended(replayed)
+
+    def _remember(self, drawn: Rollouts, terminal_log_reward: Tensor) -> None:
+        self.trajectories += drawn.num_trajectories
+        self.tokens += drawn.num_tokens
+        if self.config.replay_samples:
+            self.buffer.add(drawn, terminal_log_reward[: drawn.num_trajectories].cpu())
+
+    def _update(self, learning_rate: float) -> float:
+        parameters = [p for _, p in self.policy.parameters()]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        checks.check(
+            bool(norm.isfinite()),
+            "Trainer.step",
+            "the gradient norm",
+            "finite",
+            float(norm),
+            "lower learning_rate or set max_grad_norm; the weights are unchanged",
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return float(norm)

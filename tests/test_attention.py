@@ -1,0 +1,167 @@
+import copy
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen2Config,
+)
+
+from fastgfn import reference
+from fastgfn.attention import DecodeAttention, TreeAttention
+from fastgfn.checks import InputError
+from fastgfn.functional.tree import build_tree
+from fastgfn.models import Policy
+from fastgfn.ops.attention import TreeMask, tree_attention
+from fastgfn.reference import attention as _  # noqa: F401
+from fastgfn.testing import random_sequences
+from fastgfn.types import Constraints
+
+SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
+    "mistral-window": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=3),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
+    "gemma2": Gemma2Config(
+        **SMALL, num_key_value_heads=2, head_dim=8, sliding_window=4, attn_logit_softcapping=5.0
+    ),
+    "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "neox": GPTNeoXConfig(**SMALL, max_position_embeddings=64),
+    "opt": OPTConfig(
+        vocab_size=61,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+    ),
+    "phi": PhiConfig(**SMALL),
+}
+
+
+def _policy(config, implementation="fastgfn", dtype=torch.float64):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation).to(
+        dtype
+    )
+    # untrained initialisations are nearly linear; larger weights make a wrong mask visible
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(8)
+    return Policy(model)
+
+
+def _tree(vocab=61, max_length=6):
+    g = torch.Generator().manual_seed(1)
+    prompts, sequences, groups = random_sequences(
+        g, num_groups=2, per_group=5, max_length=max_length, vocab=4
+    )
+    constraints = Constraints(termination_token_id=vocab - 1, max_length=max_length)
+    return (
+        prompts,
+        sequences,
+        groups,
+        build_tree(sequences, prompts=prompts, group=groups, constraints=constraints),
+    )
+
+
+def _path(tree, node):
+    path = []
+    while node >= 0:
+        path.append(node)
+        node = int(tree.parent[node])
+    return path[::-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tree_hidden_states_equal_the_per_sequence_forward(family):
+    prompts, sequences, groups, tree = _tree()
+    policy = _policy(FAMILIES[family])
+    plain = _policy(FAMILIES[family], "eager" if family == "gemma2" else "sdpa")
+    hidden = policy.tree_hidden(tree.tokens, tree.position, tree.end)
+    for n, sequence in enumerate(sequences):
+        ids = torch.tensor(prompts[groups[n]] + sequence)
+        want = plain._backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        path = _path(tree, int(tree.leaf[n]))
+        assert tree.tokens[path].tolist() == ids.tolist()
+        # gemma2's own eager attention takes its softmax in float32
+        bound = 1e-6 if family == "gemma2" else 1e-9
+        torch.testing.assert_close(hidden[path], want, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_equals_the_tree_forward(family):
+    prompts, sequences, groups, tree = _tree()
+    policy = _policy(FAMILIES[family])
+    hidden = policy.tree_hidden(tree.tokens, tree.position, tree.end)
+    flat = torch.tensor([t for p in prompts for t in p])
+    bounds = [0, len(prompts[0]), len(flat)]
+    position = torch.cat([torch.arange(len(p)) for p in prompts])
+    end = torch.tensor([bounds[1]] * bounds[1] + [bounds[2]] * (bounds[2] - bounds[1]), dtype=torch.int32)
+    prefill = TreeAttention(TreeMask(end, position), keep_kv=True)
+    policy.hidden(flat, position, prefill)
+    decode = DecodeAttention(prefill.kv, [(bounds[0], bounds[1]), (bounds[1], bounds[2])])
+    rows = [n for n, s in enumerate(sequences) if len(s) >= 1]
+    decode.select(None, [sum(groups[n] == g for n in rows) for g in range(2)])
+    for step in range(max(len(s) for s in sequences)):
+        keep = [i for i, n in enumerate(rows) if len(sequences[n]) > step]
+        rows = [rows[i] for i in keep]
+        decode.select(torch.tensor(keep), [sum(groups[n] == g for n in rows) for g in range(2)])
+        tokens = torch.tensor([sequences[n][step] for n in rows])
+        depth = torch.tensor([len(prompts[groups[n]]) + step for n in rows])
+        got = policy.hidden(tokens, depth, decode)
+        nodes = [_path(tree, int(tree.leaf[n]))[int(d)] for n, d in zip(rows, depth, strict=True)]
+        torch.testing.assert_close(got, hidden[nodes], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize("window", [None, 2], ids=["full", "window"])
+def test_tree_attention_equals_the_reference_in_values_and_gradients(softcap, window, monkeypatch):
+    tree = _tree()[-1]
+    size = tree.num_nodes
+    inputs = [torch.randn(h, size, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+    options = dict(scale=0.3, softcap=softcap, window=window)
+    upstream = torch.randn(4, size, 8, dtype=torch.float64)
+    want = reference.attention.tree_attention(*inputs, tree.end, tree.position, **options)
+    want_grads = torch.autograd.grad(want, inputs, upstream)
+    for mask_bytes in (64 * 2**20, size * 8 * 5):
+        monkeypatch.setattr("fastgfn.ops.attention.MASK_BYTES", mask_bytes)
+        got = tree_attention(*inputs, TreeMask(tree.end, tree.position), **options)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+        for a, b in zip(torch.autograd.grad(got, inputs, upstream), want_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_flex_block_mask_equals_the_dense_mask():
+    tree = _tree()[-1]
+    mask = TreeMask(tree.end, tree.position)
+    size = tree.num_nodes
+    for window in (None, 3):
+        dense = mask.rows(0, size, window, torch.float32) == 0
+        i, j = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+        assert torch.equal(mask.block_mask(window).mask_mod(0, 0, i, j), dense)
+
+
+def test_a_plain_forward_of_a_registered_model_is_refused():
+    model = _policy(FAMILIES["llama"]).model
+    with pytest.raises(InputError, match="attention must be a TreeAttention"):
+        model(input_ids=torch.tensor([[1, 2]]))
+
+
+@pytest.mark.gpu
+def test_flex_attention_equals_the_reference_on_cuda():
+    tree = _tree()[-1]
+    query, key, value = (torch.randn(h, tree.num_nodes, 64, device="cuda") for h in (4, 2, 2))
+    end, position = tree.end.cuda(), tree.position.cuda()
+    got = tree_attention(query, key, value, TreeMask(end, position), scale=0.125)
+    want = reference.attention.tree_attention(query, key, value, end, position, scale=0.125)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,126 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastgfn
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_kernels_resolve_inside_the_package_and_only_there():
+    import fastgfn.kernels
+
+    assert Path(fastgfn.kernels.__file__).parent.name == "kernels"
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); import kernels"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "import fastgfn.kernels, not kernels" in done.stderr
+
+
+def test_public_names_are_frozen():
+    assert sorted(fastgfn.__all__) == [
+        "Constraints",
+        "LMReward",
+        "LogProbs",
+        "Policy",
+        "ReplayBuffer",
+        "Rollouts",
+        "SequenceReward",
+        "TokenTree",
+        "TrainConfig",
+        "Trainer",
+        "backend_info",
+        "load_policy",
+        "log_reward",
+        "modified_subtb_loss",
+        "pack",
+        "sample",
+        "score",
+    ]
+    assert all(hasattr(fastgfn, name) for name in fastgfn.__all__)
+    import fastgfn.functional as functional
+
+    assert sorted(functional.__all__) == [
+        "build_tree",
+        "linear_log_probs",
+        "log_probs_from_logits",
+        "modified_subtb_loss",
+        "sample_next",
+        "subtb_loss",
+        "subtb_potential",
+        "termination_log_prob",
+    ]
+
+
+def test_backend_info_names_a_backend_for_every_op():
+    info = fastgfn.backend_info()
+    assert {"linear_log_probs", "tree_attention", "subtb", "build_tree", "sample_next"} <= set(info["ops"])
+    assert all(row["cpu"] and row["cuda"] for row in info["ops"].values())
+    assert info["versions"]["torch"] != "absent"
+
+
+def test_every_op_has_a_schema_a_fake_and_a_cpu_kernel():
+    import torch
+
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastgfn::")]
+    assert len(names) >= 12
+    for name in names:
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        assert has(name, "CPU") or has(name, "CompositeExplicitAutograd"), name
+
+
+def _quick_start():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert blocks, "README has no python block"
+    return blocks[0]
+
+
+def test_the_quick_start_is_short():
+    lines = [line for line in _quick_start().splitlines() if line.strip()]
+    assert len(lines) < 15, len(lines)
+
+
+@pytest.mark.slow
+def test_the_quick_start_runs_and_trains():
+    space: dict = {}
+    exec(_quick_start(), space)
+    assert space["loss"].isfinite() and float(space["loss"]) > 0
+    policy = space["policy"]
+    assert any(float(p.detach().abs().max()) > 0 for n, p in policy.parameters() if "lora_B" in n)
+
+
+def test_the_readme_tree_lists_what_exists():
+    tree = re.search(r"```text\n(.*?)```", README, re.S).group(1)
+    named = re.findall(r"[\w/.-]+\.(?:py|cpp|cu|md|toml|sh)", tree)
+    missing = [n for n in named if not list(ROOT.glob(n)) and not list(ROOT.rglob(Path(n).name))]
+    assert not missing
+
+
+def test_the_two_commands_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("install", "demo", "test", "test-oldest", "lint", "bench", "gpu-check"):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    assert "make demo" in README and "make test" in README
+
+
+def test_an_sdist_holds_what_a_build_needs(tmp_path):
+    code = f"import setuptools.build_meta as b; print(b.build_sdist({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    import tarfile
+
+    names = tarfile.open(next(tmp_path.glob("*.tar.gz"))).getnames()
+    for wanted in (
+        "csrc/ops.cpp",
+        "csrc/checks.h",
+        "csrc/cuda/subtb.cu",
+        "kernels/__init__.py",
+        "fastgfn/train.py",
+    ):
+        assert any(n.endswith(wanted) for n in names), wanted

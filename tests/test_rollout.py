@@ -1,0 +1,147 @@
+import pytest
+import torch
+
+from fastgfn.checks import InputError
+from fastgfn.rollout import sample
+from fastgfn.types import Constraints
+
+PROMPTS = [[1, 2, 3], [4, 5]]
+
+
+def _rows(rollouts):
+    return list(zip(rollouts.group.tolist(), map(tuple, rollouts.sequences()), strict=True))
+
+
+def _plain_log_density(policy, prompt, sequence, constraints, temperature):
+    """log-density of the sampler for one sequence, one full forward per prefix."""
+    model, stop = policy.model, constraints.termination_token_id
+    total = 0.0
+    for k in range(len(sequence) + 1):
+        if k == constraints.max_length:
+            break
+        ids = torch.tensor([prompt + sequence[:k]])
+        attention = _tree_attention(ids.shape[1])
+        logits = model(input_ids=ids, use_cache=False, attention=attention).logits[0, -1].float()
+        if constraints.logit_bias is not None:
+            logits = logits + constraints.logit_bias
+        if k < constraints.min_length:
+            logits[stop] = -torch.inf
+        token = sequence[k] if k < len(sequence) else stop
+        total += float((logits / temperature).log_softmax(-1)[token])
+    return total
+
+
+def _tree_attention(size):
+    from fastgfn.attention import TreeAttention
+    from fastgfn.ops.attention import TreeMask
+
+    return TreeAttention(TreeMask(torch.full((size,), size), torch.arange(size)))
+
+
+@pytest.mark.parametrize("min_length", [0, 2])
+@pytest.mark.parametrize("masked", [False, True], ids=["all-tokens", "masked"])
+def test_log_behavior_is_the_density_that_drew_the_sequence(tiny_policy, min_length, masked):
+    policy = tiny_policy()
+    bias = torch.where(torch.arange(13) < 6, 0.0, -99.0) if masked else None
+    constraints = Constraints(0, min_length=min_length, max_length=5, logit_bias=bias)
+    temperature = torch.tensor([1.0, 0.7, 1.5, 1.0] * 2)
+    rollouts = sample(
+        PROMPTS, policy=policy, constraints=constraints, num_samples=4, temperature=temperature, seed=3
+    )
+    for n, (group, sequence) in enumerate(_rows(rollouts)):
+        want = _plain_log_density(policy, PROMPTS[group], list(sequence), constraints, float(temperature[n]))
+        assert float(rollouts.log_behavior[n]) == pytest.approx(want, abs=1e-4)
+        assert min_length <= len(sequence) <= 5 and 0 not in sequence
+        assert not masked or max(sequence, default=0) < 6
+
+
+def test_draws_do_not_depend_on_the_batch(tiny_policy):
+    policy = tiny_policy()
+    constraints = Constraints(0, max_length=6)
+    common = dict(policy=policy, constraints=constraints, seed=11)
+    together = _rows(sample(PROMPTS, num_samples=8, **common))
+    first = _rows(sample(PROMPTS[:1], num_samples=8, **common))
+    second = _rows(sample(PROMPTS[1:], num_samples=8, first_trajectory=8, **common))
+    assert [s for _, s in together] == [s for _, s in first] + [s for _, s in second]
+    alone = [_rows(sample(PROMPTS[:1], num_samples=1, first_trajectory=i, **common))[0] for i in range(8)]
+    assert alone == first
+    assert len({s for _, s in together}) > 4
+
+
+def test_same_seed_gives_the_same_bits_and_another_seed_does_not(tiny_policy):
+    policy = tiny_policy()
+    options = dict(policy=policy, constraints=Constraints(0, max_length=6), num_samples=16)
+    a, b, c = (sample(PROMPTS, seed=s, **options) for s in (1, 1, 2))
+    assert _rows(a) == _rows(b) and torch.equal(a.log_behavior, b.log_behavior)
+    assert _rows(a) != _rows(c)
+
+
+def test_samples_follow_the_exact_distribution(tiny_policy):
+    """Chi-squared over all sequences of an enumerable set (fixed seed, p > 1e-3)."""
+    from itertools import product
+
+    vocab, draws = 4, 20000
+    policy = tiny_policy(vocab=vocab)
+    constraints = Constraints(0, max_length=3)
+    space = [list(z) for k in range(4) for z in product(range(1, vocab), repeat=k)]
+    log_q = torch.tensor([_plain_log_density(policy, [1, 2], z, constraints, 1.0) for z in space])
+    assert float(log_q.exp().sum()) == pytest.approx(1.0, abs=1e-4)
+    rollouts = sample([[1, 2]], policy=policy, constraints=constraints, num_samples=draws, seed=5)
+    counts = {tuple(z): 0 for z in space}
+    for _, z in _rows(rollouts):
+        counts[z] += 1
+    expected = log_q.exp() * draws
+    observed = torch.tensor([float(counts[tuple(z)]) for z in space])
+    rare = expected < 5
+    observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    keep = expected > 0
+    statistic = float(((observed - expected)[keep] ** 2 / expected[keep]).sum())
+    freedom = int(keep.sum()) - 1
+    # Wilson-Hilferty: (X/k)^(1/3) is nearly normal; 3.09 is the upper 1e-3 quantile
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+    assert z < 3.09, (statistic, freedom)
+
+
+def test_forced_and_own_draw_alike(tiny_policy):
+    """The convention changes what is scored, never what is drawn."""
+    policy = tiny_policy()
+    rows = [
+        _rows(
+            sample(
+                PROMPTS,
+                policy=policy,
+                constraints=Constraints(0, min_length=1, max_length=3, termination=convention),
+                num_samples=8,
+            )
+        )
+        for convention in ("forced", "own")
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (
+            [[1] * 60],
+            {},
+            r"sample: prompts\[0\] must be at most 64 - max_length = 58 tokens, got 60; shorten",
+        ),
+        ([[]], {}, r"prompts\[0\] must be a non-empty list"),
+        ([], {}, "prompts must be at least one prompt"),
+        ([[99]], {}, r"prompts\[0\] must be ids in \[0, 13\), got \(99, 99\)"),
+        ([[1]], {"temperature": 0.0}, "temperature must be > 0"),
+        ([[1]], {"constraints": Constraints(13)}, r"termination_token_id must be in \[0, 13\), got 13"),
+        ([[1]], {"num_samples": 0}, "num_samples must be >= 1"),
+    ],
+)
+def test_refuses_bad_input(tiny_policy, prompts, options, message):
+    defaults = dict(constraints=Constraints(0, max_length=6), num_samples=2)
+    with pytest.raises(InputError, match=message):
+        sample(prompts, policy=tiny_policy(), **(defaults | options))
+
+
+def test_constraints_refuse_contradicting_limits():
+    with pytest.raises(InputError, match="max_length must be >= max.1, min_length. = 5, got 4"):
+        Constraints(0, min_length=5, max_length=4)

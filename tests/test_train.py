@@ -1,0 +1,163 @@
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from fastgfn.checkpoint import checkpoints
+from fastgfn.checks import InputError
+from fastgfn.config import TrainConfig
+from fastgfn.evaluate import divergence, sequence_log_probs
+from fastgfn.models import load_policy
+from fastgfn.rewards import LMReward, SequenceReward
+from fastgfn.train import Trainer
+from fastgfn.types import Constraints
+
+SMALL = dict(num_samples=8, replay_samples=4, replay_capacity=16, warmup_steps=2, checkpoint_every=3)
+
+
+def _value(z):
+    return 0.5 * sum(z) - 1.5 * len(z)
+
+
+def _trainer(policy, reward=None, constraints=None, prompts=((1, 2), (3,)), **config):
+    return Trainer(
+        policy,
+        prompts=prompts,
+        reward=reward or SequenceReward(lambda zs: [_value(z) for z in zs]),
+        constraints=constraints or Constraints(0, max_length=3),
+        config=TrainConfig(**(SMALL | config)),
+    )
+
+
+def _weights(policy):
+    return {name: p.detach().clone() for name, p in policy.parameters()}
+
+
+@pytest.mark.parametrize("min_length", [0, 1])
+def test_learns_a_known_posterior(tiny_policy, min_length):
+    policy = tiny_policy(vocab=4, dtype=torch.float32, scale=2.0, rank=8)
+    constraints = Constraints(0, min_length=min_length, max_length=3)
+    space = [list(z) for k in range(min_length, 4) for z in product(range(1, 4), repeat=k)]
+    log_r = torch.tensor([_value(z) for z in space], dtype=torch.float64)
+    target = log_r - log_r.logsumexp(0)
+
+    def distance():
+        log_q, _ = sequence_log_probs([1, 2], space, policy=policy, constraints=constraints)
+        return divergence(log_q, target, 0.0)
+
+    assert distance().tv > 0.25
+    trainer = _trainer(
+        policy, constraints=constraints, prompts=[[1, 2]], steps=150, num_samples=48, learning_rate=2e-2
+    )
+    for _ in range(150):
+        metrics = trainer.step()
+    assert distance().tv <= 0.02 and distance().kl_target_to_model <= 1e-3
+    assert metrics["log_z"] == pytest.approx(float(log_r.logsumexp(0)), abs=0.02)
+
+
+def test_resume_is_bit_identical_to_the_uninterrupted_run(tiny_policy, tmp_path):
+    options = dict(steps=7, prompts_per_step=2, accumulation=2, replay_duplicates="near", tempered_share=0.5)
+    straight = _trainer(tiny_policy(dtype=torch.float32), **options)
+    straight.fit(tmp_path / "a")
+    stopped = _trainer(tiny_policy(dtype=torch.float32), **options)
+    assert not stopped.fit(tmp_path / "b", should_stop=lambda: stopped.steps_done == 4)
+    resumed = _trainer(tiny_policy(dtype=torch.float32, scale=6.0), **options)
+    assert resumed.resume(tmp_path / "b") == 4
+    assert resumed.fit(tmp_path / "b")
+    want = _weights(straight.policy)
+    for name, value in _weights(resumed.policy).items():
+        assert torch.equal(value, want[name]), name
+    assert resumed.buffer.state() == straight.buffer.state()
+    assert (resumed.trajectories, resumed.tokens) == (straight.trajectories, straight.tokens)
+
+
+def test_a_checkpoint_is_whole_or_absent_and_old_ones_go(tiny_policy, tmp_path):
+    trainer = _trainer(tiny_policy(dtype=torch.float32), steps=12)
+    trainer.fit(tmp_path)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000009", "step-00000012"]
+    (tmp_path / "checkpoints" / "step-00000099").mkdir()
+    assert [p.name for p in checkpoints(tmp_path)][-1] == "step-00000012"
+    names = {p.name for p in checkpoints(tmp_path)[-1].iterdir()}
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "optimizer.safetensors",
+        "state.json",
+    } <= names
+
+
+def test_resume_refuses_other_settings(tiny_policy, tmp_path):
+    _trainer(tiny_policy(dtype=torch.float32), steps=2).fit(tmp_path)
+    with pytest.raises(InputError, match="learning_rate must be 0.001, got 0.5; keep the run's setting"):
+        _trainer(tiny_policy(dtype=torch.float32), steps=2, learning_rate=0.5).resume(tmp_path)
+    with pytest.raises(InputError, match="must be a run with a checkpoint"):
+        _trainer(tiny_policy(dtype=torch.float32)).resume(tmp_path / "nothing")
+
+
+def test_accumulation_averages_the_micro_batches(tiny_policy):
+    """Two micro-batches of one prompt each = one micro-batch of both prompts, group-pooled."""
+    common = dict(replay_samples=0, tempered_share=0.0, steps=1)
+    one = _trainer(tiny_policy(), prompts=[[1, 2]] * 2, accumulation=2, **common)
+    two = _trainer(tiny_policy(), prompts=[[1, 2]] * 2, prompts_per_step=2, **common)
+    a, b = one.step(), two.step()
+    assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-6)
+    assert a["trajectories"] == b["trajectories"] == 16
+
+
+def test_every_prompt_is_visited_once_per_epoch(tiny_policy):
+    prompts = [[i] for i in range(1, 8)]
+    trainer = _trainer(tiny_policy(), prompts=prompts, prompts_per_step=3, accumulation=2)
+    stream = [p for step in range(7) for micro in range(2) for p in trainer._prompts(step, micro)]
+    epochs = [stream[i : i + 7] for i in range(0, 42, 7)]
+    assert all(sorted(e) == prompts for e in epochs) and len({str(e) for e in epochs}) > 1
+
+
+def test_refuses_what_cannot_be_trained(tiny_policy, tmp_path):
+    terminal = SequenceReward(lambda zs: [0.0] * len(zs), terminal_only=True)
+    with pytest.raises(InputError, match="terminal-only reward.*trajectory balance .TB. or VarGrad"):
+        _trainer(tiny_policy(), reward=terminal)
+    with pytest.raises(InputError, match="prompts must be at least one prompt"):
+        _trainer(tiny_policy(), prompts=[])
+    bad = SequenceReward(lambda zs: [math.nan] * len(zs))
+    trainer = _trainer(tiny_policy(dtype=torch.float32), reward=bad)
+    before = _weights(trainer.policy)
+    with pytest.raises(InputError, match="log R must be finite, got nan"):
+        trainer.step()
+    assert all(torch.equal(v, before[n]) for n, v in _weights(trainer.policy).items())
+    with pytest.raises(InputError, match="lora_dropout must be 0, got 0.1"):
+        load_policy("anything", lora_dropout=0.1)
+
+
+def test_the_lm_reward_posterior_is_learned(tiny_policy):
+    """p(X Z stop)^(1/T) at T = 0.7 on an enumerable vocabulary."""
+    policy = tiny_policy(vocab=4, dtype=torch.float32, scale=2.0, rank=8)
+    constraints = Constraints(0, max_length=2)
+    space = [list(z) for k in range(3) for z in product(range(1, 4), repeat=k)]
+    reward = LMReward(policy.reference)
+    from fastgfn.packing import pack
+    from fastgfn.types import Rollouts
+
+    tokens = torch.zeros(len(space), 2, dtype=torch.int64)
+    for row, z in zip(tokens, space, strict=True):
+        row[: len(z)] = torch.tensor(z, dtype=torch.int64)
+    lengths = torch.tensor([len(z) for z in space])
+    zeros = torch.zeros(len(space))
+    tree = pack(Rollouts((torch.tensor([1, 2]),), zeros.long(), tokens, lengths, zeros, constraints))
+    log_r = reward(tree)[tree.leaf].double() / 0.7
+    trainer = _trainer(
+        policy,
+        reward=reward,
+        constraints=constraints,
+        prompts=[[1, 2]],
+        steps=120,
+        num_samples=48,
+        learning_rate=2e-2,
+        reward_temperature=(1.0, 0.7),
+        reward_horizon=30,
+    )
+    for _ in range(120):
+        trainer.step()
+    log_q, _ = sequence_log_probs([1, 2], space, policy=policy, constraints=constraints)
+    assert divergence(log_q, log_r - log_r.logsumexp(0), 0.0).tv <= 0.02
