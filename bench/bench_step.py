@@ -4,7 +4,7 @@ n samples of one prompt, SmolLM2-135M with LoRA, published conventions (`own` li
 reward of every prefix, modified SubTB with lambda 1, all windows pooled). Two variants:
     sample  every provider draws its own sequences; `drawn_tokens` says how many
     replay  every provider is given the same sequences of ragged lengths, so the work is the same
-A provider whose loss or LoRA gradient differs from the published loop's on given sequences is not timed.
+Nothing is timed if a provider's loss or LoRA gradients on given sequences are wrong.
 """
 
 import argparse
@@ -37,6 +37,7 @@ TEXT = (
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROVIDERS = ("fastgfn", "published-style", "published")
+EXACT = 1e-6
 TOLERANCE = 1e-4
 CHECKED = 6
 
@@ -108,7 +109,8 @@ def slow_step(
 
 
 def load(args: argparse.Namespace, dtype: torch.dtype, *, published: bool) -> Policy:
-    policy = load_policy(lora_rank=args.rank, dtype=dtype)
+    # The adapter is drawn in the base's dtype, so float64 is reached by widening the float32 model.
+    policy = load_policy(lora_rank=args.rank, dtype=torch.float32 if dtype == torch.float64 else dtype)
     if published:
         policy.model.set_attn_implementation("sdpa")
     generator = torch.Generator().manual_seed(1)
@@ -116,6 +118,8 @@ def load(args: argparse.Namespace, dtype: torch.dtype, *, published: bool) -> Po
         if "lora_B" in name:
             # A new adapter's B is zero, and with it every gradient of A.
             p.data.normal_(std=0.01, generator=generator)
+    if dtype == torch.float64:
+        policy.model.double()
     return policy
 
 
@@ -150,7 +154,7 @@ def ragged_sequences(policy: Policy, setting: Setting) -> Rollouts:
     )
 
 
-def first_rows(rollouts: Rollouts, setting: Setting, rows: Tensor) -> Rollouts:
+def some_rows(rollouts: Rollouts, setting: Setting, rows: Tensor) -> Rollouts:
     return Rollouts(
         rollouts.prompts,
         rollouts.group[rows],
@@ -178,31 +182,43 @@ def take_gradients(policy: Policy) -> Tensor:
 
 
 def check(args: argparse.Namespace, utils: ModuleType | None) -> None:
-    """Loss and LoRA gradients of every provider on given sequences, fp32, with and without short prefixes."""
-    fast, slow = (load(args, torch.float32, published=p) for p in (False, True))
-    whole = make_setting(args, fast)
-    sequences = ragged_sequences(fast, whole)
-    rows = torch.linspace(0, args.n - 1, min(CHECKED, args.n)).long()
-    for min_length in (0, 1):
-        setting = Setting(whole.prompt, whole.limits._replace(min_length=min_length), len(rows))
-        given = first_rows(sequences, setting, rows)
-        loss, _, _ = fast_step(fast, setting, given=given)
-        results = {"fastgfn": (loss, take_gradients(fast))}
-        want, _ = slow_step(None, slow, setting, as_action_seq(given))
-        want_gradient = take_gradients(slow)
-        if utils is not None:
-            loss, _ = slow_step(utils, slow, setting, as_action_seq(given))
-            results["published"] = (loss, take_gradients(slow))
-        for name, (loss, gradient) in results.items():
-            errors = relative_error(loss, want), relative_error(gradient, want_gradient)
-            print(
-                f"check: {name}, min length {min_length}: loss {float(loss):.6g}; against the published loop "
-                f"the loss is {errors[0]:.1e} off, the LoRA gradients {errors[1]:.1e}"
+    """Loss and LoRA gradients of every provider on given sequences, or SystemExit.
+
+    In float64 fastgfn equals the published loop to EXACT. In float32 every provider may be at most twice as
+    far from that as the published loop is, plus TOLERANCE: the rounding of the model itself is of that size.
+    """
+    found = {}
+    sequences = None
+    for dtype in (torch.float32, torch.float64):
+        fast, slow = (load(args, dtype, published=p) for p in (False, True))
+        whole = make_setting(args, fast)
+        if sequences is None:
+            sequences = ragged_sequences(fast, whole)
+        rows = torch.linspace(0, args.n - 1, min(CHECKED, args.n)).long()
+        for min_length in (0, 1):
+            setting = Setting(whole.prompt, whole.limits._replace(min_length=min_length), len(rows))
+            given = some_rows(sequences, setting, rows)
+            loss, _, _ = fast_step(fast, setting, given=given)
+            found[min_length, "fastgfn", dtype] = loss, take_gradients(fast)
+            for name in ("published-style",) if utils is None else PROVIDERS[1:]:
+                module = utils if name == "published" else None
+                loss, _ = slow_step(module, slow, setting, as_action_seq(given))
+                found[min_length, name, dtype] = loss, take_gradients(slow)
+    for (min_length, name, dtype), have in found.items():
+        truth = found[min_length, "published-style", torch.float64]
+        errors = [relative_error(a, b) for a, b in zip(have, truth, strict=True)]
+        naive = found[min_length, "published-style", torch.float32]
+        bounds = [2 * relative_error(a, b) + TOLERANCE for a, b in zip(naive, truth, strict=True)]
+        if dtype == torch.float64:
+            bounds = [EXACT, EXACT]
+        print(
+            f"check: min length {min_length}, {name}, {dtype}: loss {float(have[0]):.6g} "
+            f"off by {errors[0]:.1e}, LoRA gradients by {errors[1]:.1e}"
+        )
+        if not all(error <= bound for error, bound in zip(errors, bounds, strict=True)):
+            raise SystemExit(
+                f"bench_step: {name} must be off by at most {bounds}, got {errors}; it is not timed"
             )
-            if not max(errors) <= TOLERANCE:
-                raise SystemExit(
-                    f"bench_step: {name} must agree to {TOLERANCE}, got {max(errors)}; not timed"
-                )
 
 
 def make_steps(

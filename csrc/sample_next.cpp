@@ -87,8 +87,8 @@ Softmax softmax_of_row(const scalar_t* logits, int64_t vocab, int64_t stop, doub
 }
 
 // argmax over v of logits[v] / temperature + gumbel(v). In units of the best other token, v wins only if
-// uniform(v) <= exponential(v) < ratio * weight(v), where ratio belongs to the best candidate so far. The logs
-// are taken for the few tokens that pass this test, which has a margin for its float32 rounding.
+// uniform(v) <= exponential(v) < ratio * weight(v), where ratio belongs to the best candidate so far. The
+// logs are taken for the few tokens that pass this test, which has a margin for its float32 rounding.
 template <typename scalar_t>
 int64_t draw(const scalar_t* logits, const float* weights, int64_t vocab, int64_t stop, const Softmax& row,
              double temperature, const Noise& noise, bool forbid_stop) {

@@ -24,6 +24,13 @@ def _tanh(x):
 
 
 @triton.jit
+def _one_minus_exp(y):
+    """1 - exp(-y) for y >= 0, by the series where it would cancel."""
+    near = y * (1.0 - y * 0.5 * (1.0 - y / 3.0 * (1.0 - y * 0.25 * (1.0 - y * 0.2))))
+    return tl.where(y < 0.1, near, 1.0 - tl.exp(-y))
+
+
+@triton.jit
 def _transform(
     x, logit_bias, pre_scale, post_scale, bias_scale, HAS_SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
@@ -38,9 +45,9 @@ def _transform(
     return z, slope
 
 
-# One program reads one row: a running maximum and sum per lane over tiles of the vocabulary, then the logits of
-# the target and the stop token. Grid (M,). Writes log_pf, log_pterm and the two parts of lse (the maximum and the
-# rest); a target out of range writes NaN.
+# One program reads one row: a running maximum and sum per lane over tiles of the vocabulary, then the logits
+# of the target and the stop token. Grid (M,). Writes log_pf, log_pterm and the two parts of lse (the maximum
+# and the rest); a target out of range writes NaN.
 @triton.jit(do_not_specialize=["stop", "ignore_index"])
 def _log_probs_fwd_kernel(
     logits_ptr,
@@ -61,14 +68,15 @@ def _log_probs_fwd_kernel(
     HAS_STOP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NUM_TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_row = logits_ptr + row * stride_m
     peaks = tl.full((BLOCK,), LOWEST, tl.float32)
     totals = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab, BLOCK):
-        columns = start + tl.arange(0, BLOCK).to(tl.int64)
+    for tile in range(NUM_TILES):
+        columns = tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
         in_vocab = columns < vocab
         x = tl.load(logits_row + columns * stride_v, mask=in_vocab, other=0.0)
         extra = 0.0
@@ -142,14 +150,16 @@ def _log_probs_bwd_kernel(
     if HAS_BIAS:
         extra = tl.load(logit_bias_ptr + columns, mask=in_vocab, other=0.0)
     z, slope = _transform(x, extra, pre_scale, post_scale, bias_scale, HAS_SOFTCAP, HAS_BIAS)
-    p = tl.exp((z - peak) - log_total)
+    # Infinite off the vocabulary: a common offset of the logits would overflow there.
+    minus_log_p = tl.where(in_vocab, log_total - (z - peak), float("inf"))
+    p = tl.exp(-minus_log_p)
     own = tl.where(columns == target, grad_pf, 0.0)
     total = grad_pf
     if HAS_STOP:
         grad_pterm = tl.load(grad_log_pterm_ptr + row)
         own += tl.where(columns == stop, grad_pterm, 0.0)
         total += grad_pterm
-    grad = (own * (1.0 - p) - p * ((total - own) - grad_lse)) * slope * factor
+    grad = (own * _one_minus_exp(minus_log_p) - p * ((total - own) - grad_lse)) * slope * factor
     tl.store(
         grad_logits_ptr + row * vocab + columns, grad.to(grad_logits_ptr.dtype.element_ty), mask=in_vocab
     )
@@ -183,6 +193,7 @@ def log_probs_fwd(
     log_pf = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     lse_parts = log_pf.new_empty(2, num_rows)
     log_pterm = log_pf.new_empty(0 if stop is None else num_rows)
+    block = _block(vocab)
     if num_rows:
         _log_probs_fwd_kernel[(num_rows,)](
             logits,
@@ -200,7 +211,8 @@ def log_probs_fwd(
             HAS_STOP=stop is not None,
             HAS_SOFTCAP=softcap is not None,
             HAS_BIAS=logit_bias is not None,
-            BLOCK=_block(vocab),
+            NUM_TILES=triton.cdiv(vocab, block),
+            BLOCK=block,
             num_warps=8,
         )
     return log_pf, log_pterm, lse_parts.sum(0), lse_parts

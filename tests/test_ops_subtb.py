@@ -228,7 +228,7 @@ def test_unused_entries_may_be_nan():
     weight = torch.tensor([nan, 1.0, nan, 2.0, nan])
     value = ops.subtb_tree(log_pf, log_flow, parent, valid, weight, 0.5)
     grads = torch.autograd.grad(value, (log_pf, log_flow))
-    assert float(value) == 32.0
+    assert value.item() == 32.0
     assert grads[0].tolist() == [0, 0, 16, 16, 0] and grads[1].tolist() == [0, 16, 0, -16, 0]
 
 

@@ -151,13 +151,13 @@ def test_the_lm_reward_posterior_is_learned(tiny_policy):
         reward=reward,
         constraints=constraints,
         prompts=[[1, 2]],
-        steps=120,
+        steps=200,
         num_samples=48,
         learning_rate=2e-2,
         reward_temperature=(1.0, 0.7),
         reward_horizon=30,
     )
-    for _ in range(120):
+    for _ in range(200):
         trainer.step()
     log_q, _ = sequence_log_probs([1, 2], space, policy=policy, constraints=constraints)
     assert divergence(log_q, log_r - log_r.logsumexp(0), 0.0).tv <= 0.02

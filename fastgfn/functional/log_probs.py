@@ -87,7 +87,7 @@ def log_probs_from_logits(
 ) -> LogProbs:
     """Log-probability of each row's target and of stopping, from materialised logits.
 
-    Equal to log_softmax(z)[range(M), targets] and log_softmax(z)[:, termination_token_id] with, in this order,
+    Equal to log_softmax(z)[range(M), targets] and log_softmax(z)[:, termination_token_id], in this order,
     x = logit_scale * logits, x = c * tanh(x / c) for the softcap c, and z = (x + logit_bias) / temperature.
 
     Args:
@@ -97,12 +97,12 @@ def log_probs_from_logits(
         Others: as in `linear_log_probs`.
 
     Returns:
-        LogProbs: log_pf (M,), 0 at ignored targets; log_pterm (M,) or None; lse (M,) or None. float32 (float64
-        for float64 logits). Differentiable, once, in logits.
+        LogProbs: log_pf (M,), 0 at ignored targets; log_pterm (M,) or None; lse (M,) or None.
+        float32 (float64 for float64 logits). Differentiable, once, in logits.
 
     Raises:
-        InputError: a shape, device or value disagrees; a target out of range (seen on the CPU only; its log_pf
-            is NaN with Triton). InputTypeError: a dtype is not supported.
+        InputError: a shape, device or value disagrees; a target out of range (seen on the CPU only; its
+            log_pf is NaN with Triton). InputTypeError: a dtype is not supported.
         RuntimeError: backend="triton" cannot run on these tensors.
 
     Numerics: float32 inside; the only (M, V) tensor is the gradient. Same bits on repeat.

@@ -65,26 +65,15 @@ def sample_next(
     Source: Gumbel-max trick; noise of Salmon et al. 2011 (Philox4x32-10).
     """
     num_draws = _check(logits, rows, logit_bias, termination_token_id, forbid_termination, force_termination)
-    if rows is None:
-        rows = torch.arange(num_draws)
-    if trajectory is None:
-        trajectory = torch.arange(num_draws)
-    if position is None:
-        position = torch.zeros(num_draws, dtype=torch.int64)
-    if forbid_termination is None:
-        forbid_termination = torch.zeros(num_draws, dtype=torch.bool)
-    per_draw = {"temperature": temperature, "trajectory": trajectory, "position": position}
-    for name, value in per_draw.items():
-        if isinstance(value, Tensor) and value.dim() > 0:
-            checks.check_shape(NAME, name, value, (num_draws,), "give one value per draw")
-    temperature = torch.as_tensor(temperature, dtype=torch.float32).expand(num_draws)
-    if not bool(((temperature > 0) & temperature.isfinite()).all()):
-        checks.fail(
-            NAME, "temperature", "finite and > 0", temperature.tolist(), "use argmax for greedy decoding"
-        )
+    rows = torch.arange(num_draws) if rows is None else rows
+    trajectory = torch.arange(num_draws) if trajectory is None else trajectory
+    position = torch.zeros(num_draws, dtype=torch.int64) if position is None else position
+    temperature = _per_draw(num_draws, temperature, trajectory, position)
+    forbid = torch.zeros(num_draws, dtype=torch.bool) if forbid_termination is None else forbid_termination
     stop = -1 if termination_token_id is None else termination_token_id
     biased = logits if logit_bias is None else logits + logit_bias.to(logits.dtype)
-    forbid = forbid_termination if force_termination is None else forbid_termination & ~force_termination
+    if force_termination is not None:
+        forbid = forbid & ~force_termination
     draw = gumbel_draw(biased, rows, temperature, trajectory, position, seed, stop, forbid)
     if force_termination is None:
         return Draw(*draw)
@@ -93,6 +82,25 @@ def sample_next(
         token.masked_fill(force_termination, stop),
         *(x.masked_fill(force_termination, 0.0) for x in log_probs),
     )
+
+
+def _per_draw(num_draws: int, temperature: float | Tensor, trajectory: Tensor, position: Tensor) -> Tensor:
+    """The temperature of each draw, after the shapes of the three are checked."""
+    temperature = torch.as_tensor(temperature, dtype=torch.float32)
+    if temperature.dim() == 0:
+        temperature = temperature.expand(num_draws)
+    for name, value in (("temperature", temperature), ("trajectory", trajectory), ("position", position)):
+        checks.check_shape(NAME, name, value, (num_draws,), "give one value per draw")
+    bad = temperature[~((temperature > 0) & temperature.isfinite())]
+    checks.check(
+        not len(bad),
+        NAME,
+        "temperature",
+        "finite and > 0",
+        bad[:1].tolist(),
+        "use argmax for greedy decoding",
+    )
+    return temperature
 
 
 def _check(logits, rows, logit_bias, termination_token_id, forbid, force) -> int:

@@ -1,9 +1,9 @@
 """Log-probabilities of the head without the (R, V) logits: the dispatcher op `fastgfn::linear_log_probs` and
 its two backward ops, in torch. Equations: `reference/linear_log_probs.py`.
 
-The vocabulary is cut into tiles and is the outer loop: the weight is read once per pass, a tile of logits stays
-in cache, and the weight gradient of a tile is written once. The columns to read are a sorted list of distinct
-(column, row) entries, so that those of a tile are one range and every gradient sum has a fixed order.
+The vocabulary is cut into tiles and is the outer loop: the weight is read once per pass, a tile of logits
+stays in cache, and the weight gradient of a tile is written once. The columns to read are a sorted list of
+distinct (column, row) entries, so those of a tile are one range and every gradient sum has a fixed order.
 """
 
 import torch
@@ -69,8 +69,8 @@ def _linear_log_probs(
     softcap: float | None,
     temperature: float,
     save_row_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log p and softcap' of the entries (E,), lse (R,) between them, and o (R, D) or (0,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """log p (E,), lse (R,), softcap' (E,), the parts of lse (2, R): maximum and rest, o (R, D) or (0,)."""
     num_rows, width = hidden.shape
     x = _scaled_hidden(hidden, logit_scale, softcap, temperature)
     # Finite, so that a tile of -inf logits adds exp(-inf - peak) = 0 instead of exp(nan).
@@ -98,7 +98,8 @@ def _linear_log_probs(
     log_p = (logits - peak[rows, 0]) - log_total[rows, 0]
     if save_row_grad:
         row_grad.div_(total)
-    return log_p, (peak + log_total)[:, 0], slope, row_grad
+    lse_parts = torch.cat([peak, log_total], dim=1).T.contiguous()
+    return log_p, lse_parts.sum(0), slope, lse_parts, row_grad
 
 
 @torch.library.custom_op("fastgfn::linear_log_probs_frozen_backward", mutates_args=())
@@ -131,8 +132,8 @@ def _backward(
     rows: Tensor,
     columns: Tensor,
     log_p: Tensor,
-    lse: Tensor,
     slope: Tensor,
+    lse_parts: Tensor,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -142,6 +143,7 @@ def _backward(
     x = _scaled_hidden(hidden, logit_scale, softcap, temperature)
     rest, at_entries = _logit_grads(grad_log_p, grad_lse, rows, log_p, slope)
     factor = logit_scale / temperature
+    peak, log_total = lse_parts[:, :, None]
     need_hidden, need_weight, need_bias = needs
     grad_hidden = x.new_zeros(hidden.shape if need_hidden else (0,))
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,))
@@ -149,7 +151,7 @@ def _backward(
     for span, own in _tiles(columns, weight.shape[0]):
         w = weight[span]
         z, s = _tile_logits(x, w, bias, logit_bias, span, logit_scale, softcap, temperature)
-        z.sub_(lse[:, None]).exp_().mul_(rest[:, None])
+        z.sub_(peak).sub_(log_total).exp_().mul_(rest[:, None])
         if s is not None:
             z.mul_(s)
         z[rows[own], columns[own] - span.start] = at_entries[own]
@@ -214,10 +216,11 @@ def _logit_grads(
 
 @_linear_log_probs.register_fake
 def _(hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, temperature, save_row_grad):
+    num_rows, num_entries = hidden.shape[0], rows.shape[0]
+    row_grad = hidden.shape if save_row_grad else (0,)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    per_entry = hidden.new_empty(rows.shape, dtype=dtype)
-    row_grad = hidden.new_empty(hidden.shape if save_row_grad else (0,), dtype=dtype)
-    return per_entry, hidden.new_empty(hidden.shape[0], dtype=dtype), torch.empty_like(per_entry), row_grad
+    shapes = ((num_entries,), (num_rows,), (num_entries,), (2, num_rows), row_grad)
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 @_frozen_backward.register_fake
@@ -227,8 +230,8 @@ def _(grad_log_p, grad_lse, weight, rows, columns, log_p, slope, row_grad, facto
 
 @_backward.register_fake
 def _(
-    grad_log_p, grad_lse, hidden, weight, bias, logit_bias, rows, columns, log_p, lse, slope,
-    logit_scale, softcap, temperature, needs,
+    grad_log_p, grad_lse, hidden, weight, bias, logit_bias, rows, columns, log_p, slope,
+    lse_parts, logit_scale, softcap, temperature, needs,
 ):  # fmt: skip
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(weight.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
@@ -236,28 +239,24 @@ def _(
 
 def _save(ctx, inputs, output):
     hidden, weight, bias, logit_bias, rows, columns, *ctx.scales, ctx.has_row_grad = inputs
-    log_p, lse, slope, row_grad = output
-    ctx.mark_non_differentiable(slope, row_grad)
-    ctx.set_materialize_grads(False)
+    log_p, _, slope, lse_parts, row_grad = output
+    ctx.mark_non_differentiable(slope, lse_parts, row_grad)
     if ctx.has_row_grad:
-        ctx.save_for_backward(weight, rows, columns, log_p, lse, slope, row_grad)
+        ctx.save_for_backward(weight, rows, columns, log_p, slope, row_grad)
     else:
-        ctx.save_for_backward(hidden, weight, bias, logit_bias, rows, columns, log_p, lse, slope)
+        ctx.save_for_backward(hidden, weight, bias, logit_bias, rows, columns, log_p, slope, lse_parts)
 
 
-def _gradient(ctx, grad_log_p, grad_lse, grad_slope, grad_row_grad):
-    *inputs, log_p, lse, slope = ctx.saved_tensors[: 6 if ctx.has_row_grad else 9]
-    grad_log_p = torch.zeros_like(log_p) if grad_log_p is None else grad_log_p
-    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+def _gradient(ctx, grad_log_p, grad_lse, *unused):
     if ctx.has_row_grad:
-        logit_scale, _, temperature = ctx.scales
+        factor = ctx.scales[0] / ctx.scales[2]
         grad = torch.ops.fastgfn.linear_log_probs_frozen_backward(
-            grad_log_p, grad_lse, *inputs, log_p, slope, ctx.saved_tensors[6], logit_scale / temperature
+            grad_log_p, grad_lse, *ctx.saved_tensors, factor
         )
         return grad, *[None] * 9
     needs = list(ctx.needs_input_grad[:3])
     grads = torch.ops.fastgfn.linear_log_probs_backward(
-        grad_log_p, grad_lse, *inputs, log_p, lse, slope, *ctx.scales, needs
+        grad_log_p, grad_lse, *ctx.saved_tensors, *ctx.scales, needs
     )
     return *[g if need else None for g, need in zip(grads, needs, strict=True)], *[None] * 7
 
