@@ -39,6 +39,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROVIDERS = ("fastgfn", "published-style", "published")
 EXACT = 1e-6
 TOLERANCE = 1e-4
+WORST = 1e-2
 CHECKED = 6
 
 
@@ -186,6 +187,7 @@ def check(args: argparse.Namespace, utils: ModuleType | None) -> None:
 
     In float64 fastgfn equals the published loop to EXACT. In float32 every provider may be at most twice as
     far from that as the published loop is, plus TOLERANCE: the rounding of the model itself is of that size.
+    Nothing may be off by more than WORST, so that a wrong truth does not widen the bound.
     """
     found = {}
     sequences = None
@@ -208,9 +210,10 @@ def check(args: argparse.Namespace, utils: ModuleType | None) -> None:
         truth = found[min_length, "published-style", torch.float64]
         errors = [relative_error(a, b) for a, b in zip(have, truth, strict=True)]
         naive = found[min_length, "published-style", torch.float32]
-        bounds = [2 * relative_error(a, b) + TOLERANCE for a, b in zip(naive, truth, strict=True)]
-        if dtype == torch.float64:
-            bounds = [EXACT, EXACT]
+        bounds = [EXACT, EXACT]
+        if dtype == torch.float32:
+            rounding = [relative_error(a, b) for a, b in zip(naive, truth, strict=True)]
+            bounds = [min(2 * r + TOLERANCE, WORST) for r in rounding]
         print(
             f"check: min length {min_length}, {name}, {dtype}: loss {float(have[0]):.6g} "
             f"off by {errors[0]:.1e}, LoRA gradients by {errors[1]:.1e}"

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,7 +204,8 @@ def _new_adapter(causal: nn.Module, model: str, rank: int, alpha: float) -> nn.M
     linear = dict(target_modules="all-linear", fan_in_fan_out=_has_conv1d(causal))
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, task_type="CAUSAL_LM", **linear)
     config.base_model_name_or_path = model
-    return get_peft_model(causal, config)
+    with _quiet():
+        return get_peft_model(causal, config)
 
 
 def _has_conv1d(causal: nn.Module) -> bool:
@@ -218,7 +220,8 @@ def _saved_adapter(causal: nn.Module, folder: Path) -> nn.Module:
     found = (folder / "adapter_config.json").is_file()
     want = "a folder with adapter_config.json"
     checks.check(found, "load_policy", "adapter", want, str(folder), "pass the folder that training wrote")
-    return PeftModel.from_pretrained(causal, str(folder), is_trainable=True)
+    with _quiet():
+        return PeftModel.from_pretrained(causal, str(folder), is_trainable=True)
 
 
 def _load_base(model: str, dtype: torch.dtype):
@@ -243,7 +246,7 @@ def _load_base(model: str, dtype: torch.dtype):
 
 @contextlib.contextmanager
 def _quiet():
-    """Silence transformers' load bars and notices; errors still raise."""
+    """Silence load bars, notices and deprecations between transformers and peft; errors still raise."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -251,7 +254,9 @@ def _quiet():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

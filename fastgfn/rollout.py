@@ -49,7 +49,8 @@ def sample(
             the vocabulary, a temperature <= 0.
     """
     prompts = tuple(as_int64(p) for p in prompts)
-    _check(prompts, policy, constraints, num_samples)
+    check_prompts(prompts, policy, constraints)
+    checks.check(num_samples >= 1, "sample", "num_samples", ">= 1", num_samples, "raise it")
     total = len(prompts) * num_samples
     temperature = torch.as_tensor(temperature, dtype=torch.float32).expand(total)
     checks.check(
@@ -150,9 +151,9 @@ class _Decoder:
         return drawn
 
 
-def _check(prompts: tuple[Tensor, ...], policy: Policy, constraints: Constraints, num_samples: int) -> None:
+def check_prompts(prompts: Sequence[Tensor], policy: Policy, constraints: Constraints) -> None:
+    """Refuse prompts and constraints that do not fit the model, before any work is done."""
     checks.check(len(prompts) > 0, "sample", "prompts", "at least one prompt", 0, "pass a list of token ids")
-    checks.check(num_samples >= 1, "sample", "num_samples", ">= 1", num_samples, "raise it")
     vocab = policy.vocab_size
     checks.check(
         constraints.termination_token_id < vocab,

@@ -19,9 +19,9 @@ from fastgfn.objectives import modified_subtb_loss
 from fastgfn.packing import pack
 from fastgfn.replay import ReplayBuffer
 from fastgfn.rewards import Reward, log_reward
-from fastgfn.rollout import sample
+from fastgfn.rollout import check_prompts, sample
 from fastgfn.scoring import score
-from fastgfn.types import Constraints, Rollouts
+from fastgfn.types import Constraints, Rollouts, as_int64
 
 _TEMPERATURES, _REPLAY, _PROMPTS = range(3)
 
@@ -37,7 +37,8 @@ class Trainer:
         config: settings.
 
     Raises:
-        InputError: no prompts, no trainable parameters, or a terminal-only reward.
+        InputError: no prompts, a prompt or constraints that do not fit the model, no trainable parameters, or
+            a terminal-only reward.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Trainer:
         )
         parameters = [p for _, p in policy.parameters()]
         checks.check(bool(parameters), "Trainer", "policy", "trainable", "no parameters", "use load_policy")
+        check_prompts([as_int64(p) for p in prompts], policy, constraints)
         self.policy = policy
         self.prompts = [list(p) for p in prompts]
         self.reward = reward
@@ -107,7 +109,7 @@ class Trainer:
             )
             (objective.loss / config.accumulation).backward()
             self._remember(drawn, raw_log_reward[tree.leaf])
-            metrics["loss"] += float(objective.loss) / config.accumulation
+            metrics["loss"] += float(objective.loss.detach()) / config.accumulation
             metrics["log_z"] += float(objective.log_z.mean()) / config.accumulation
         metrics["grad_norm"] = self._update(learning_rate)
         self.steps_done += 1

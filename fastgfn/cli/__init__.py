@@ -11,9 +11,10 @@ def main() -> None:
         try:
             from fastgfn.cli.commands import app
         except ImportError as error:
-            if error.name not in ("typer", "rich"):
+            package = (error.name or "").split(".")[0]
+            if package not in ("typer", "rich"):
                 raise
-            checks.missing_package("fastgfn", error.name, "run `pip install 'fastgfn[cli]'`")
+            checks.missing_package("fastgfn", package, "run `pip install 'fastgfn[cli]'`")
         app()
     except checks.USER_ERRORS as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
