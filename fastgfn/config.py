@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastgfn import checks
@@ -20,8 +21,11 @@ class TrainConfig:
     """Micro-batches whose gradients are averaged into one optimiser step."""
     num_samples: int = 20
     """Sequences drawn per prompt and micro-batch."""
-    tempered_share: float = 0.5
-    """Share of the drawn sequences whose temperature is uniform in temperature_range; the rest use 1."""
+    tempered_share: tuple[float, float] = (0.5, 0.5)
+    """Share of the drawn sequences whose temperature is uniform in temperature_range, the rest use 1: value
+    at step 0 and value from tempered_horizon on, linear between."""
+    tempered_horizon: int = 1
+    """Optimiser steps over which the tempered share moves."""
     temperature_range: tuple[float, float] = (0.5, 2.0)
     """Sampling temperatures of the tempered share."""
     replay_samples: int = 0
@@ -48,6 +52,9 @@ class TrainConfig:
     """Optimiser steps of linear warm-up from 0."""
     schedule: str = "cosine"
     """After warm-up: "constant", "linear" or "cosine" decay to 0 at `steps`."""
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    """Adam's decay rates. Early residuals are orders of magnitude larger than late ones: a second moment
+    that remembers 1000 steps would keep late steps far below learning_rate."""
     max_grad_norm: float = math.inf
     """Gradient norm above this is scaled down to it."""
     checkpoint_every: int = 25
@@ -63,16 +70,16 @@ class TrainConfig:
             "num_samples",
             "replay_capacity",
             "reward_horizon",
+            "tempered_horizon",
         ):
             self._need(getattr(self, field) >= 1, field, ">= 1")
         for field in ("replay_samples", "warmup_steps", "checkpoint_every", "seed"):
             self._need(getattr(self, field) >= 0, field, ">= 0")
-        for field in ("tempered_share", "subtb_lambda"):
-            self._need(0.0 <= getattr(self, field) <= 1.0, field, "in [0, 1]")
+        self._need(0.0 <= self.subtb_lambda <= 1.0, "subtb_lambda", "in [0, 1]")
+        self._pair("tempered_share", lambda v: 0.0 <= v <= 1.0, "two numbers in [0, 1]")
+        self._pair("adam_betas", lambda v: 0.0 <= v < 1.0, "two numbers in [0, 1)")
         for field in ("temperature_range", "reward_temperature"):
-            value = getattr(self, field)
-            ok = len(value) == 2 and all(math.isfinite(v) and v > 0 for v in value)
-            self._need(ok, field, "two numbers > 0")
+            self._pair(field, lambda v: math.isfinite(v) and v > 0, "two numbers > 0")
         self._need(self.temperature_range[0] <= self.temperature_range[1], "temperature_range", "ascending")
         self._need(self.learning_rate > 0, "learning_rate", "> 0")
         self._need(self.max_grad_norm > 0, "max_grad_norm", "> 0")
@@ -81,6 +88,11 @@ class TrainConfig:
         )
         names = ("group", "batch", "trajectory")
         self._need(self.normalization in names, "normalization", f"one of {names}")
+
+    def _pair(self, field: str, fits: Callable[[float], bool], want: str) -> None:
+        value = getattr(self, field)
+        ok = isinstance(value, tuple) and len(value) == 2 and all(map(fits, value))
+        self._need(ok, field, want)
 
     def _need(self, ok: bool, field: str, want: str) -> None:
         checks.check(ok, "TrainConfig", field, want, repr(getattr(self, field)), "change this setting")
@@ -112,5 +124,12 @@ class TrainConfig:
         return self.learning_rate * factor
 
     def reward_temperature_at(self, step: int) -> float:
-        start, end = self.reward_temperature
-        return start + (end - start) * min(1.0, step / self.reward_horizon)
+        return _between(self.reward_temperature, step / self.reward_horizon)
+
+    def tempered_share_at(self, step: int) -> float:
+        return _between(self.tempered_share, step / self.tempered_horizon)
+
+
+def _between(ends: tuple[float, float], progress: float) -> float:
+    start, end = ends
+    return start + (end - start) * min(1.0, progress)

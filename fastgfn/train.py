@@ -69,7 +69,7 @@ class Trainer:
         self.reward = reward
         self.constraints = constraints
         self.config = config
-        self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+        self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, betas=config.adam_betas)
         self.buffer = ReplayBuffer(
             config.replay_capacity,
             duplicates=config.replay_duplicates if config.replay_samples else "exact",
@@ -208,7 +208,7 @@ class Trainer:
         """(N,) sampling temperatures: the first `tempered_share` of each prompt's samples are tempered."""
         config = self.config
         shape = (config.prompts_per_step, config.num_samples)
-        tempered = round(config.tempered_share * config.num_samples)
+        tempered = round(config.tempered_share_at(step) * config.num_samples)
         low, high = config.temperature_range
         values = torch.from_numpy(self._rng(_TEMPERATURES, step, micro).uniform(low, high, size=shape))
         values[:, tempered:] = 1.0

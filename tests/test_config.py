@@ -37,7 +37,8 @@ def test_a_mapping_round_trips_and_an_unknown_key_names_the_closest():
     [
         ("steps", 0),
         ("num_samples", 0),
-        ("tempered_share", 1.5),
+        ("tempered_share", (0.5, 1.5)),
+        ("adam_betas", (0.9, 1.0)),
         ("subtb_lambda", -0.1),
         ("temperature_range", (0.0, 1.0)),
         ("temperature_range", (2.0, 1.0)),

@@ -57,7 +57,9 @@ def test_learns_a_known_posterior(tiny_policy, min_length):
 
 
 def test_resume_is_bit_identical_to_the_uninterrupted_run(tiny_policy, tmp_path):
-    options = dict(steps=7, prompts_per_step=2, accumulation=2, replay_duplicates="near", tempered_share=0.5)
+    options = dict(
+        steps=7, prompts_per_step=2, accumulation=2, replay_duplicates="near", tempered_share=(0.5, 0.5)
+    )
     straight = _trainer(tiny_policy(dtype=torch.float32), **options)
     straight.fit(tmp_path / "a")
     stopped = _trainer(tiny_policy(dtype=torch.float32), **options)
@@ -97,7 +99,7 @@ def test_resume_refuses_other_settings(tiny_policy, tmp_path):
 
 def test_accumulation_averages_the_micro_batches(tiny_policy):
     """Two micro-batches of one prompt each = one micro-batch of both prompts, group-pooled."""
-    common = dict(replay_samples=0, tempered_share=0.0, steps=1)
+    common = dict(replay_samples=0, tempered_share=(0.0, 0.0), steps=1)
     one = _trainer(tiny_policy(), prompts=[[1, 2]] * 2, accumulation=2, **common)
     two = _trainer(tiny_policy(), prompts=[[1, 2]] * 2, prompts_per_step=2, **common)
     a, b = one.step(), two.step()

@@ -21,13 +21,15 @@ from fastgfn.train import Trainer
 DEFAULTS = dict(
     steps=200,
     num_samples=64,
-    tempered_share=0.5,
+    tempered_share=(0.5, 0.0),
+    tempered_horizon=100,
     temperature_range=(0.5, 2.0),
     replay_samples=101,
     replay_capacity=128,
     replay_duplicates="exact",
     replay_priority="reward",
     learning_rate=1e-3,
+    adam_betas=(0.9, 0.95),
     warmup_steps=10,
     checkpoint_every=25,
 )
