@@ -5,6 +5,7 @@ distinct prefix once; finished rows leave the batch. The noise of a draw is keye
 position, token), so none of this changes which tokens are drawn.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,8 @@ from fastgfn.ops.decode import decode_update_
 from fastgfn.types import Constraints, Rollouts, as_int64
 
 LOGIT_BYTES = 64 * 2**20
+# Merging the adapter costs one pass over the weights, which this many decode steps without it repay.
+MERGE_FROM = 12
 
 
 @torch.no_grad()
@@ -61,7 +64,9 @@ def sample(
         float(temperature.min()),
         "use e.g. 1.0",
     )
-    return _Decoder(prompts, policy, constraints, num_samples, temperature, seed, first_trajectory).run()
+    decoder = _Decoder(prompts, policy, constraints, num_samples, temperature, seed, first_trajectory)
+    with policy.merged() if constraints.max_length >= MERGE_FROM else contextlib.nullcontext():
+        return decoder.run()
 
 
 class _Decoder:

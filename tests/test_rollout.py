@@ -68,6 +68,19 @@ def test_draws_do_not_depend_on_the_batch(tiny_policy):
     assert len({s for _, s in together}) > 4
 
 
+def test_a_merged_adapter_draws_the_same_tokens_and_leaves_the_weights(tiny_policy, monkeypatch):
+    policy = tiny_policy()
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    rows = []
+    for merge_from in (1, 100):
+        monkeypatch.setattr("fastgfn.rollout.MERGE_FROM", merge_from)
+        options = dict(policy=policy, constraints=Constraints(0, max_length=6), num_samples=16, seed=9)
+        rows.append(_rows(sample(PROMPTS, **options)))
+    assert rows[0] == rows[1]
+    after = dict(policy.model.named_parameters())
+    assert all(torch.equal(before[n], after[n]) for n, p in before.items())
+
+
 def test_same_seed_gives_the_same_bits_and_another_seed_does_not(tiny_policy):
     policy = tiny_policy()
     options = dict(policy=policy, constraints=Constraints(0, max_length=6), num_samples=16)

@@ -37,13 +37,13 @@ def backend_info() -> dict:
     absent = "" if cuda else " (no CUDA device here)"
     compiled = _has_cuda_kernel("subtb_padded")
     ops = {
-        "linear_log_probs": {"cpu": "torch, row chunks", "cuda": f"torch, row chunks{absent}"},
+        "linear_log_probs": {"cpu": "torch, vocabulary tiles", "cuda": f"torch, vocabulary tiles{absent}"},
         "log_probs_from_logits": {"cpu": "torch", "cuda": f"triton{absent}"},
         "tree_attention": {"cpu": "SDPA, dense mask", "cuda": f"FlexAttention{absent}"},
         "decode_attention": {"cpu": "torch matmul", "cuda": f"torch matmul{absent}"},
     }
     for name in _CSRC:
-        ops[name] = {"cpu": "csrc C++", "cuda": "not built"}
+        ops[name] = {"cpu": "csrc C++", "cuda": "none yet: CPU only"}
     ops["subtb_padded"] = {
         "cpu": "csrc C++",
         "cuda": "csrc CUDA" if compiled else "not built (no CUDA toolkit)",
