@@ -38,7 +38,7 @@ def train_rng(
     min_length: Annotated[int, typer.Option(help="Fewest tokens of a sequence.")] = 0,
     max_length: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 4,
     penalty: Annotated[float, typer.Option(help="Nats per token of a string that is no integer.")] = 16.0,
-    lora_rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 32,
     lora_dropout: Annotated[float, typer.Option(help="Must be 0.")] = 0.0,
     option: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of fastgfn.config.TrainConfig; repeatable.")

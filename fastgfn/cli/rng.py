@@ -19,10 +19,10 @@ from fastgfn.train import Trainer
 
 # Tuned on seeds 0-2 of the reference machine, see bench/NOTES.md; strings enter only by being sampled.
 DEFAULTS = dict(
-    steps=200,
-    num_samples=64,
+    steps=300,
+    num_samples=96,
     tempered_share=(0.5, 0.0),
-    tempered_horizon=100,
+    tempered_horizon=120,
     temperature_range=(0.5, 2.0),
     replay_samples=101,
     replay_capacity=128,
@@ -30,7 +30,8 @@ DEFAULTS = dict(
     replay_priority="reward",
     learning_rate=1e-3,
     adam_betas=(0.9, 0.95),
-    warmup_steps=10,
+    max_grad_norm=20.0,
+    warmup_steps=50,
     checkpoint_every=25,
 )
 EVALUATE_EVERY = 10
