@@ -19,6 +19,7 @@ setup(
         "fastgfn.reference",
         "fastgfn.ops",
         "fastgfn.functional",
+        "fastgfn.models",
         "fastgfn.tasks",
         "fastgfn.cli",
     ]

@@ -93,12 +93,13 @@ def peak_memory(argv: Sequence[str]) -> PeakMemory:
 def provenance() -> dict[str, str | int]:
     """The columns that every row carries: when, which code, which machine, which versions.
 
-    `dirty` is 1 if any file outside bench/results differs from the commit or is not in it.
+    `dirty` is 1 if any file outside bench/results differs from the commit or is not in it; outside a git
+    checkout `commit` is "unknown" and `dirty` 1.
     """
     return {
         "date": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": int(bool(_git("status", "--porcelain", "--", ".", ":!bench/results"))),
+        "commit": COMMIT,
+        "dirty": DIRTY,
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -160,7 +161,11 @@ def _status_bytes(field: str) -> int:
 
 
 def _git(*args: str) -> str:
-    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def _version(package: str) -> str:
@@ -168,3 +173,8 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "none"
+
+
+# Read at import: what runs is what was imported, whatever is committed meanwhile.
+COMMIT = _git("rev-parse", "--short=12", "HEAD")
+DIRTY = int(bool(_git("status", "--porcelain", "--", ".", ":!bench/results")))

@@ -15,38 +15,45 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgfn import checks
-from fastgfn.models import Policy
+from fastgfn.models import Policy, load_adapter_weights, save_adapter
 
 KEEP = 2
+RUN_FILES = ("run.json", "report.json", "histogram.png")
 
 
 def prepare_run_folder(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Create a run folder, or refuse before any work is done.
+    """Create a run folder, or refuse before anything in it changes.
+
+    `overwrite` removes what an earlier run left; leftovers of killed writes are always removed.
 
     Raises:
         InputError: the folder cannot be written, holds a run although neither resume nor overwrite is set, or
             resume is set and it holds no checkpoint.
     """
     name, folder = "run folder", Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        checks.fail(name, "path", "writable", f"{folder} ({error.strerror})", "choose another folder")
     found = checkpoints(folder)
     if resume:
-        checks.check(
-            bool(found), name, "path", "a folder with a checkpoint", str(folder), "start without --resume"
-        )
-    elif overwrite:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    else:
-        used = bool(found) or (folder / "report.json").exists()
+        want, fix = "a folder with a checkpoint", "start without --resume"
+        checks.check(bool(found), name, "path", want, str(folder), fix)
+    elif not overwrite:
+        used = bool(found) or any((folder / f).exists() for f in ("run.json", "report.json"))
         checks.check(
             not used, name, "path", "new", str(folder), "pass --resume, --overwrite or another folder"
         )
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / "checkpoints"):
+            probe = place / f".write-{os.getpid()}"
+            probe.touch()
+            for leftover in place.glob(".*-*"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    except OSError as error:
+        checks.fail(name, "path", "writable", f"{folder} ({error.strerror})", "choose another folder")
+    if overwrite:
+        shutil.rmtree(folder / "checkpoints")
+        shutil.rmtree(folder / "events", ignore_errors=True)
+        for old in (*RUN_FILES, "adapter_config.json", "adapter_model.safetensors", "README.md"):
+            (folder / old).unlink(missing_ok=True)
     return folder
 
 
@@ -56,8 +63,10 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict) -> Path:
-    """Write checkpoints/step-<state["step"]> and drop all but the newest two."""
+    """Write checkpoints/step-<state["step"]> if it is not there, and drop all but the newest two."""
     target = folder / "checkpoints" / f"step-{state['step']:08d}"
+    if target in checkpoints(folder):
+        return target
     partial = target.with_name(f".{target.name}-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -75,22 +84,26 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict:
     """Restore the adapter and the optimiser in place; returns the saved state."""
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(policy.model, load_file(path / "adapter_model.safetensors"))
-    saved = load_file(path / "optimizer.safetensors")
+    state = json.loads((path / "state.json").read_text())
+    adapter, saved = load_file(path / "adapter_model.safetensors"), load_file(path / "optimizer.safetensors")
+    load_adapter_weights(policy, adapter)
     index = {name: i for i, (name, _) in enumerate(policy.parameters())}
-    state: dict[int, dict[str, Tensor]] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
     for key, value in saved.items():
         name, field = key.rsplit(":", 1)
-        state.setdefault(index[name], {})[field] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads((path / "state.json").read_text())
+        moments.setdefault(index[name], {})[field] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state
 
 
-def save_adapter(policy: Policy, folder: Path) -> None:
-    """adapter_model.safetensors and adapter_config.json, as `peft.PeftModel.from_pretrained` reads them."""
-    policy.model.save_pretrained(folder, save_embedding_layers=False)
+def read_json(path: Path) -> dict:
+    """A JSON object, or InputError."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        checks.fail(
+            "read_json", str(path), "a readable JSON file", type(error).__name__, "restore it or train again"
+        )
 
 
 def write_json(path: Path, value: dict) -> None:

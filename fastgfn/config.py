@@ -63,6 +63,8 @@ class TrainConfig:
     """Of sampling, behaviour mix, replay and prompt order."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._check_type(field.name, field.type)
         for field in (
             "steps",
             "prompts_per_step",
@@ -86,13 +88,31 @@ class TrainConfig:
         self._need(
             self.schedule in ("constant", "linear", "cosine"), "schedule", "constant, linear or cosine"
         )
+        self._need(self.seed < 2**63, "seed", "below 2^63")
+        self._need(0.0 <= self.replay_tolerance <= 1.0, "replay_tolerance", "in [0, 1]")
+        self._need(self.replay_duplicates in ("near", "exact"), "replay_duplicates", "'near' or 'exact'")
+        self._need(self.replay_priority in ("reward", "uniform"), "replay_priority", "'reward' or 'uniform'")
         names = ("group", "batch", "trajectory")
         self._need(self.normalization in names, "normalization", f"one of {names}")
 
+    def _check_type(self, field: str, kind: type) -> None:
+        value = getattr(self, field)
+        if kind is int:
+            self._need(type(value) is int, field, "an integer")
+        elif kind is float:
+            number = type(value) in (int, float) and not math.isnan(value)
+            self._need(
+                number and (math.isfinite(value) or field == "max_grad_norm"), field, "a finite number"
+            )
+        elif kind is str:
+            self._need(type(value) is str, field, "text")
+        else:
+            numbers = isinstance(value, tuple) and all(type(v) in (int, float) for v in value)
+            self._need(numbers and len(value) == 2, field, "two numbers")
+
     def _pair(self, field: str, fits: Callable[[float], bool], want: str) -> None:
         value = getattr(self, field)
-        ok = isinstance(value, tuple) and len(value) == 2 and all(map(fits, value))
-        self._need(ok, field, want)
+        self._need(all(map(fits, value)), field, want)
 
     def _need(self, ok: bool, field: str, want: str) -> None:
         checks.check(ok, "TrainConfig", field, want, repr(getattr(self, field)), "change this setting")

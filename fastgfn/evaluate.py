@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from fastgfn import checks
 from fastgfn.models import Policy
 from fastgfn.ops.scan import tree_cumsum
 from fastgfn.packing import pack
@@ -42,8 +43,20 @@ def sequence_log_probs(
     Returns:
         log_q: (S,) float64, log q(Z) for each sequence.
         log_stop: () float64, log q(stop | s_0); 0 if the empty sequence may not stop.
+
+    Raises:
+        InputError: repeated sequences, or one that the constraints rule out.
     """
+    name = "sequence_log_probs"
     lengths = as_int64([len(s) for s in sequences])
+    distinct = len({tuple(s) for s in sequences})
+    fix = "list every sequence once"
+    checks.check(
+        distinct == len(sequences), name, "sequences", "distinct", f"{len(sequences) - distinct} repeats", fix
+    )
+    longest, fix = max(lengths.tolist(), default=0), "raise max_length or drop it"
+    limit = constraints.max_length
+    checks.check(longest <= limit, name, "sequences", f"at most max_length = {limit} tokens", longest, fix)
     tokens = torch.zeros(len(sequences), constraints.max_length, dtype=torch.int64)
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence)] = as_int64(sequence)

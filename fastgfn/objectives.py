@@ -74,6 +74,7 @@ def modified_subtb_loss(
     checks.check_shape(
         name, "log_reward", log_reward, (tree.num_nodes,), "pass the result of log_reward(tree)"
     )
+    log_reward = log_reward.to(log_probs.log_pf.dtype)
     estimate = group_log_z(log_probs, tree, log_reward)
     log_flow = log_reward - log_probs.log_pterm
     valid = tree.terminable

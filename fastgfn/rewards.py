@@ -60,7 +60,19 @@ class SequenceReward:
 
     def __call__(self, tree: TokenTree) -> Tensor:
         nodes = tree.terminable.nonzero()[:, 0]
-        value = torch.as_tensor(self.function(node_sequences(tree, nodes)), dtype=torch.float32)
+        result = self.function(node_sequences(tree, nodes))
+        try:
+            value = torch.as_tensor(result, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            have, fix = type(result).__name__, "return one log-reward per sequence"
+            checks.fail(
+                "SequenceReward",
+                "the function's result",
+                "a list of numbers",
+                have,
+                fix,
+                kind=checks.InputTypeError,
+            )
         checks.check_shape(
             "SequenceReward",
             "the function's result",
@@ -68,10 +80,8 @@ class SequenceReward:
             (len(nodes),),
             "return one log-reward per sequence",
         )
-        return (
-            torch.zeros(tree.num_nodes, dtype=torch.float32)
-            .index_copy(0, nodes.cpu(), value)
-            .to(nodes.device)
+        return torch.zeros(tree.num_nodes, dtype=value.dtype, device=nodes.device).index_copy(
+            0, nodes, value.to(nodes.device)
         )
 
 
@@ -85,7 +95,7 @@ def node_sequences(tree: TokenTree, nodes: Tensor) -> list[list[int]]:
 
 
 def log_reward(tree: TokenTree, *, reward: Reward) -> Tensor:
-    """(T,) float32 un-tempered log R at terminable nodes, 0 elsewhere; detached and checked.
+    """(T,) un-tempered log R at terminable nodes, 0 elsewhere: float32 (float64 if the reward is), detached.
 
     Raises:
         InputError: the reward returned a wrong shape or a non-finite value (the sequence is named).

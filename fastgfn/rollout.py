@@ -55,7 +55,12 @@ def sample(
     check_prompts(prompts, policy, constraints)
     checks.check(num_samples >= 1, "sample", "num_samples", ">= 1", num_samples, "raise it")
     total = len(prompts) * num_samples
-    temperature = torch.as_tensor(temperature, dtype=torch.float32).expand(total)
+    temperature = torch.as_tensor(temperature, dtype=torch.float32)
+    one_each = temperature.dim() == 0 or temperature.shape == (total,)
+    have, want = tuple(temperature.shape), f"one number or ({total},)"
+    checks.check(one_each, "sample", "temperature", want, have, "give one per trajectory")
+    temperature = temperature.expand(total)
+    checks.check(-(2**63) <= seed < 2**63, "sample", "seed", "a 64-bit integer", seed, "choose a smaller one")
     checks.check(
         bool((temperature > 0).all()),
         "sample",
@@ -140,6 +145,7 @@ class _Decoder:
             if head.softcap is not None:
                 logits = head.softcap * torch.tanh(logits / head.softcap)
             here = ((row_of >= first) & (row_of < first + chunk)).nonzero()[:, 0]
+            _check_finite(logits)
             draw = sample_next(
                 logits.cpu(),
                 rows=row_of[here] - first,
@@ -154,6 +160,12 @@ class _Decoder:
             drawn[here] = draw.token
             self.log_behavior[alive[here]] += draw.log_behavior
         return drawn
+
+
+def _check_finite(logits: Tensor) -> None:
+    ok = bool(logits.isfinite().all())
+    fix = "the weights have diverged: lower learning_rate or set max_grad_norm"
+    checks.check(ok, "sample", "the model's logits", "finite", "nan or inf", fix)
 
 
 def check_prompts(prompts: Sequence[Tensor], policy: Policy, constraints: Constraints) -> None:

@@ -3,12 +3,15 @@
 prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss -> optimiser step
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastgfn import checks
@@ -127,16 +130,20 @@ class Trainer:
         on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> bool:
-        """Run to `config.steps`, saving a checkpoint every `checkpoint_every` steps and at the end.
+        """Run to `config.steps`; checkpoints at the start, every `checkpoint_every` steps and at the end.
+
+        `seconds` counts the wall time in here, evaluations and checkpoints included.
 
         `should_stop` is asked after every step; when it says yes a checkpoint is written and False returned.
         """
         every = self.config.checkpoint_every
+        started = time.perf_counter() - self.seconds
+        if self.steps_done == 0:
+            self.save(run_folder)
         while self.steps_done < self.config.steps:
-            started = time.perf_counter()
             metrics = self.step()
-            self.seconds += time.perf_counter() - started
             on_step(self.steps_done, metrics)
+            self.seconds = time.perf_counter() - started
             stop = should_stop()
             if stop or self.steps_done == self.config.steps or (every and self.steps_done % every == 0):
                 self.save(run_folder)
@@ -151,7 +158,7 @@ class Trainer:
             "trajectories": self.trajectories,
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "config": self.config.to_dict(),
+            "run": self._describe(),
             "buffer": self.buffer.state(),
         }
         return save_checkpoint(Path(run_folder), self.policy, self.optimizer, state)
@@ -163,25 +170,17 @@ class Trainer:
             InputError: no checkpoint, or it was written with other settings.
         """
         found = checkpoints(Path(run_folder))
-        checks.check(
-            bool(found),
-            "Trainer.resume",
-            "run_folder",
-            "a run with a checkpoint",
-            str(run_folder),
-            "train first",
-        )
-        state = load_checkpoint(found[-1], self.policy, self.optimizer)
-        saved = TrainConfig.from_dict(state["config"]).to_dict()
-        for key, value in self.config.to_dict().items():
-            checks.check(
-                saved[key] == value,
-                "Trainer.resume",
-                key,
-                repr(saved[key]),
-                repr(value),
-                "keep the run's setting",
-            )
+        want = "a run with an intact checkpoint"
+        checks.check(bool(found), "Trainer.resume", "run_folder", want, str(run_folder), "train first")
+        self._same_run(json.loads((found[-1] / "state.json").read_text()))
+        for path in reversed(found):
+            try:
+                state = load_checkpoint(path, self.policy, self.optimizer)
+                break
+            except (OSError, ValueError, KeyError, SafetensorError):
+                continue
+        else:
+            checks.fail("Trainer.resume", "run_folder", want, str(run_folder), "start again without resume")
         self.steps_done, self.trajectories, self.tokens = (
             state["step"],
             state["trajectories"],
@@ -190,6 +189,26 @@ class Trainer:
         self.seconds = state["seconds"]
         self.buffer.load_state(state["buffer"])
         return self.steps_done
+
+    def _describe(self) -> dict:
+        """What has to be the same for a run to be continued."""
+        limits = self.constraints
+        bias = None if limits.logit_bias is None else limits.logit_bias.double().tolist()
+        text = json.dumps([self.prompts, bias])
+        return self.config.to_dict() | {
+            "termination_token_id": limits.termination_token_id,
+            "min_length": limits.min_length,
+            "max_length": limits.max_length,
+            "termination": limits.termination,
+            "prompts and logit_bias": hashlib.sha256(text.encode()).hexdigest(),
+            "trainable tensors": [[name, list(p.shape)] for name, p in self.policy.parameters()],
+        }
+
+    def _same_run(self, state: dict) -> None:
+        for key, value in json.loads(json.dumps(self._describe())).items():
+            saved = state["run"].get(key)
+            fix = "resume with the settings the run was started with"
+            checks.check(saved == value, "Trainer.resume", key, _short(saved), _short(value), fix)
 
     def _rng(self, stream: int, *index: int) -> np.random.Generator:
         """A generator of its own for every (stream, step, micro-batch), so there is no state to save."""
@@ -242,3 +261,8 @@ class Trainer:
             group["lr"] = learning_rate
         self.optimizer.step()
         return float(norm)
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -4,6 +4,8 @@ import os
 import random
 import shutil
 
+# read when huggingface_hub is imported: no test may ask a hub
+os.environ["HF_HUB_OFFLINE"] = "1"
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -26,6 +28,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not os.path.exists("/dev/nvidiactl"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+class Plain:
+    """A model with transformers' own attention, for comparison; it is no Policy."""
+
+    def __init__(self, model):
+        self.model = model.eval()
+
+    def parameters(self):
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
 
 @pytest.fixture
@@ -71,6 +83,6 @@ def tiny_policy():
                 if p.dim() > 1:
                     noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
                     p.copy_(noise * scale / (6 * p.shape[-1] ** 0.5))
-        return Policy(model)
+        return Policy(model) if implementation == "fastgfn" else Plain(model)
 
     return make

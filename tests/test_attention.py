@@ -57,7 +57,7 @@ def _policy(config, implementation="fastgfn", dtype=torch.float64):
         for p in model.parameters():
             if p.dim() > 1:
                 p.mul_(8)
-    return Policy(model)
+    return Policy(model) if implementation == "fastgfn" else model.eval()
 
 
 def _tree(vocab=61, max_length=6):
@@ -90,7 +90,7 @@ def test_tree_hidden_states_equal_the_per_sequence_forward(family):
     hidden = policy.tree_hidden(tree.tokens, tree.position, tree.end)
     for n, sequence in enumerate(sequences):
         ids = torch.tensor(prompts[groups[n]] + sequence)
-        want = plain._backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        want = plain.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         path = _path(tree, int(tree.leaf[n]))
         assert tree.tokens[path].tolist() == ids.tolist()
         # gemma2's own eager attention takes its softmax in float32
@@ -155,6 +155,27 @@ def test_a_plain_forward_of_a_registered_model_is_refused():
     model = _policy(FAMILIES["llama"]).model
     with pytest.raises(InputError, match="attention must be a TreeAttention"):
         model(input_ids=torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
+def test_a_class_that_ignores_the_tree_is_refused(family):
+    from transformers import BloomConfig, MambaConfig
+
+    config = {
+        "bloom": BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4),
+        "mamba": MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2),
+    }[family]
+    torch.manual_seed(0)
+    try:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="fastgfn")
+    except (ValueError, KeyError):
+        model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(8)
+    with pytest.raises(InputError, match="model must be of a class that takes the tree attention"):
+        Policy(model)
 
 
 @pytest.mark.gpu

@@ -81,6 +81,8 @@ def _train(model, *args, cwd, output="run"):
         (["--lora-dropout", "0.1"], "lora_dropout must be 0, got 0.1; set it to 0"),
         (["--set", "learning_rat=1"], "did you mean 'learning_rate'?"),
         (["--set", "steps"], "each setting must be key=value"),
+        (["--set", "steps=abc"], "steps must be an integer, got 'abc'"),
+        (["--set", "num_samples=2.5"], "num_samples must be an integer, got 2.5"),
         (["--resume"], "path must be a folder with a checkpoint"),
     ],
     ids=lambda v: "_".join(v)[:30].replace("/", "-") if isinstance(v, list) else "",
@@ -89,7 +91,47 @@ def test_bad_input_is_one_line_and_nothing_is_written(model, tmp_path, inline, a
     code, stderr = inline("train", "rng", "--model", model, "--output", "run", *FAST, *args)
     assert code == 2 and message in stderr
     assert stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
-    assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_only_resumed_with_its_own_options(model, tmp_path, inline):
+    base = ("train", "rng", "--model", model, "--output", "run", *FAST, "--steps", "4")
+    main_argv(*base)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    for change, message in (
+        (["--penalty", "9"], "penalty must be 16.0, got 9.0"),
+        (["--terminator", "eos"], "terminator must be 'newline', got 'eos'"),
+        (["--lora-rank", "8"], "lora_rank must be 32, got 8"),
+        (["--seed", "3"], "seed must be 0, got 3"),
+    ):
+        code, stderr = inline(*base, "--resume", *change)
+        assert code == 2 and message in stderr and stderr.count("\n") == 1, stderr
+    after = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert before == after
+
+
+def test_diverging_training_is_one_line(model, tmp_path, inline):
+    options = ("--set", "learning_rate=1e30", "--set", "warmup_steps=0")
+    code, stderr = inline("train", "rng", "--model", model, "--output", "run", *FAST, *options)
+    assert code == 2 and "lower learning_rate" in stderr and stderr.count("\n") == 1, stderr
+
+
+def test_damaged_adapters_are_one_line(model, tmp_path, inline):
+    main_argv("train", "rng", "--model", model, "--output", "run", *FAST, "--steps", "2")
+    (tmp_path / "run" / "adapter_model.safetensors").write_bytes(b"cut")
+    code, stderr = inline("sample", "--adapter", "run")
+    assert code == 2 and "adapter must be an intact adapter" in stderr and stderr.count("\n") == 1, stderr
+    (tmp_path / "run" / "run.json").write_text("{")
+    code, stderr = inline("sample", "--adapter", "run")
+    assert code == 2 and "must be a readable JSON file" in stderr, stderr
+
+
+def main_argv(*args):
+    """Run the command line in this process, expecting success."""
+    sys.argv = ["fastgfn", *map(str, args)]
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
 
 
 def test_an_unwritable_run_folder_is_refused(model, tmp_path, inline):

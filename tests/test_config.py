@@ -48,6 +48,15 @@ def test_a_mapping_round_trips_and_an_unknown_key_names_the_closest():
         ("learning_rate", 0.0),
         ("max_grad_norm", 0.0),
         ("replay_samples", -1),
+        ("steps", "abc"),
+        ("steps", None),
+        ("steps", 1.5),
+        ("num_samples", True),
+        ("adam_betas", (0.9, "x")),
+        ("learning_rate", float("inf")),
+        ("replay_tolerance", "x"),
+        ("replay_priority", "best"),
+        ("seed", 2**63),
     ],
 )
 def test_refuses_bad_values(field, value):

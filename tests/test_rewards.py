@@ -13,6 +13,8 @@ def _tree(**limits):
     constraints = Constraints(0, **({"max_length": 4} | limits))
     tokens = torch.tensor([[5, 6, 0, 0], [5, 7, 8, 0], [0, 0, 0, 0], [9, 5, 6, 7]])
     lengths = torch.tensor([2, 3, 0, 4])
+    if constraints.min_length and constraints.termination == "forced":
+        tokens[2], lengths[2] = tokens[0], 2
     group = torch.tensor([0, 0, 0, 1])
     prompts = (torch.tensor([1, 2]), torch.tensor([3]))
     return pack(Rollouts(prompts, group, tokens, lengths, torch.zeros(4), constraints))

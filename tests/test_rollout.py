@@ -81,6 +81,55 @@ def test_a_merged_adapter_draws_the_same_tokens_and_leaves_the_weights(tiny_poli
     assert all(torch.equal(before[n], after[n]) for n, p in before.items())
 
 
+@pytest.mark.parametrize("kind", ["dora", "bias", "bfloat16"])
+def test_what_cannot_be_merged_exactly_is_sampled_unmerged(kind):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from fastgfn.models import Policy
+    from fastgfn.packing import pack
+    from fastgfn.scoring import score
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=13, **sizes), attn_implementation="fastgfn"
+    )
+    extra = {"dora": dict(use_dora=True), "bias": dict(lora_bias=True), "bfloat16": {}}[kind]
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **extra)
+    policy = Policy(get_peft_model(model.to(dtype), lora))
+    with torch.no_grad():
+        for _, p in policy.parameters():
+            p.add_(torch.randn(p.shape) * 0.3)
+    constraints = Constraints(0, max_length=14)
+    rollouts = sample(PROMPTS, policy=policy, constraints=constraints, num_samples=4, seed=2)
+    tree = pack(rollouts)
+    log_probs = score(tree, policy=policy)
+    from fastgfn.ops.scan import tree_cumsum
+
+    density = (tree_cumsum(log_probs.log_pf, tree.parent) + log_probs.log_pterm)[tree.leaf].detach()
+    bound = 0.3 if kind == "bfloat16" else 1e-4
+    assert float((density - rollouts.log_behavior).abs().max()) < bound
+
+
+def test_sampled_and_scored_densities_agree_however_eager_the_stop(tiny_policy):
+    """Below min_length the stop's probability may be 1 - 1e-9; the renormalised density must survive that."""
+    from fastgfn.ops.scan import tree_cumsum
+    from fastgfn.packing import pack
+    from fastgfn.scoring import score
+
+    policy = tiny_policy(dtype=torch.float32)
+    for push in (6.0, 14.0, 40.0):
+        bias = torch.zeros(13).index_fill(0, torch.tensor([0]), push)
+        constraints = Constraints(0, min_length=3, max_length=5, logit_bias=bias)
+        rollouts = sample(PROMPTS, policy=policy, constraints=constraints, num_samples=4, seed=2)
+        tree = pack(rollouts)
+        log_probs = score(tree, policy=policy)
+        density = (tree_cumsum(log_probs.log_pf, tree.parent) + log_probs.log_pterm)[tree.leaf].detach()
+        torch.testing.assert_close(density, rollouts.log_behavior, rtol=0, atol=2e-5)
+
+
 def test_same_seed_gives_the_same_bits_and_another_seed_does_not(tiny_policy):
     policy = tiny_policy()
     options = dict(policy=policy, constraints=Constraints(0, max_length=6), num_samples=16)

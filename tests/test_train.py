@@ -91,10 +91,28 @@ def test_a_checkpoint_is_whole_or_absent_and_old_ones_go(tiny_policy, tmp_path):
 
 def test_resume_refuses_other_settings(tiny_policy, tmp_path):
     _trainer(tiny_policy(dtype=torch.float32), steps=2).fit(tmp_path)
-    with pytest.raises(InputError, match="learning_rate must be 0.001, got 0.5; keep the run's setting"):
+    with pytest.raises(InputError, match="learning_rate must be 0.001, got 0.5; resume with the settings"):
         _trainer(tiny_policy(dtype=torch.float32), steps=2, learning_rate=0.5).resume(tmp_path)
-    with pytest.raises(InputError, match="must be a run with a checkpoint"):
+    with pytest.raises(InputError, match="must be a run with an intact checkpoint"):
         _trainer(tiny_policy(dtype=torch.float32)).resume(tmp_path / "nothing")
+    with pytest.raises(InputError, match="max_length must be 3, got 2"):
+        _trainer(tiny_policy(dtype=torch.float32), constraints=Constraints(0, max_length=2), steps=2).resume(
+            tmp_path
+        )
+    with pytest.raises(InputError, match="trainable tensors must be"):
+        _trainer(tiny_policy(dtype=torch.float32, rank=2), steps=2).resume(tmp_path)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_policy, tmp_path):
+    trainer = _trainer(tiny_policy(dtype=torch.float32), steps=6)
+    trainer.fit(tmp_path)
+    want = _weights(trainer.policy)
+    (checkpoints(tmp_path)[-1] / "optimizer.safetensors").write_bytes(b"cut")
+    again = _trainer(tiny_policy(dtype=torch.float32), steps=6)
+    assert again.resume(tmp_path) == 3
+    (checkpoints(tmp_path)[-1] / "state.json").unlink()
+    again.fit(tmp_path)
+    assert all(torch.equal(v, want[n]) for n, v in _weights(again.policy).items())
 
 
 def test_accumulation_averages_the_micro_batches(tiny_policy):

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgfn import checks
+from fastgfn.checkpoint import read_json
 from fastgfn.cli.rng import RngRun, RngSettings
 from fastgfn.config import TrainConfig
 from fastgfn.models import BUNDLED, load_policy
@@ -31,7 +32,7 @@ ModelOption = Annotated[str, typer.Option(help="'smollm2-135m', a hub id or a lo
 def train_rng(
     output: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/rng"),
     model: ModelOption = BUNDLED,
-    seed: Annotated[int, typer.Option(help="Of the adapter, the sampling and the replay.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of adapter, sampling and replay; 0 unless set.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     terminator: Annotated[str, typer.Option(help="'newline', 'eos' or a token id.")] = "newline",
     prompt: Annotated[str | None, typer.Option(help="Prompt text; the default is the paper's.")] = None,
@@ -48,7 +49,8 @@ def train_rng(
     plots: Annotated[bool, typer.Option(help="Write TensorBoard events and the histogram.")] = True,
 ) -> None:
     """Teach a model to draw uniform random integers, and measure the exact distance to the target."""
-    overrides = _overrides(option or []) | {"seed": seed} | ({} if steps is None else {"steps": steps})
+    flags = {"seed": seed, "steps": steps}
+    overrides = _overrides(option or []) | {k: v for k, v in flags.items() if v is not None}
     settings = RngSettings(
         output=output,
         model=model,
@@ -79,8 +81,10 @@ def sample(
 ) -> None:
     """Draw sequences from a trained sampler, one per line."""
     known = adapter / "run.json"
-    run = json.loads(known.read_text()) if known.is_file() else {}
-    policy = load_policy(model or run.get("model", BUNDLED), adapter=adapter)
+    run = read_json(known) if known.is_file() else {}
+    described = adapter / "adapter_config.json"
+    base = read_json(described).get("base_model_name_or_path") if described.is_file() else None
+    policy = load_policy(model or run.get("model") or base or BUNDLED, adapter=adapter)
     ids = run.get("prompt_ids") if prompt is None else policy.encode(prompt)
     checks.check(
         ids is not None, "sample", "prompt", "given", None, "pass --prompt, or a run folder with run.json"

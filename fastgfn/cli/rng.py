@@ -10,16 +10,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastgfn.checkpoint import prepare_run_folder, save_adapter, write_json
+from fastgfn import checks
+from fastgfn.checkpoint import prepare_run_folder, read_json, write_json
 from fastgfn.cli import report
 from fastgfn.config import TrainConfig
-from fastgfn.models import Policy, load_policy
+from fastgfn.models import Policy, load_policy, save_adapter
 from fastgfn.tasks.rng import RandomIntegers, random_integers
 from fastgfn.train import Trainer
 
 # Tuned on seeds 0-2 of the reference machine, see bench/NOTES.md; strings enter only by being sampled.
 DEFAULTS = dict(
-    steps=300,
+    steps=270,
     num_samples=96,
     tempered_share=(0.5, 0.0),
     tempered_horizon=120,
@@ -81,12 +82,15 @@ class RngRun:
     def run(self, *, resume: bool, overwrite: bool) -> bool:
         """Train and report; False if it was interrupted (a checkpoint is written)."""
         trainer = make_trainer(self.policy, self.task, self.config)
-        folder = prepare_run_folder(self.settings.output, resume=resume, overwrite=overwrite)
         before_log_q = self.task.log_probs(self.policy)
         before = self.task.evaluate(self.policy)
-        write_json(folder / "run.json", self._describe())
+        if resume:
+            self._same_run(self.settings.output)
+        folder = prepare_run_folder(self.settings.output, resume=resume, overwrite=overwrite)
         if resume:
             self.console.print(f"resumed at step {trainer.resume(folder)} of {self.config.steps}")
+        else:
+            write_json(folder / "run.json", self._describe())
         previous = signal.signal(signal.SIGINT, self._interrupt)
         try:
             finished = self._train(trainer, folder)
@@ -151,8 +155,27 @@ class RngRun:
             raise KeyboardInterrupt
         self.stop.set()
 
+    def _same_run(self, folder: Path) -> None:
+        """Refuse to continue a run with another task, model or adapter than it was started with."""
+        path = folder / "run.json"
+        fix = "pass the options the run was started with"
+        checks.check(
+            path.is_file(),
+            "resume",
+            "path",
+            "a folder with a checkpoint",
+            str(folder),
+            "start without --resume",
+        )
+        saved = read_json(path)
+        for key, value in self._describe().items():
+            if key not in ("plots", "train"):
+                checks.check(saved.get(key) == value, "resume", key, repr(saved.get(key)), repr(value), fix)
+
     def _describe(self) -> dict:
-        settings = asdict(self.settings) | {"output": str(self.settings.output)}
+        settings = {k: v for k, v in asdict(self.settings).items() if k != "output"}
+        if Path(self.settings.model).is_dir():
+            settings["model"] = str(Path(self.settings.model).resolve())
         constraints = self.task.constraints
         return settings | {
             "prompt_ids": self.task.prompt,

@@ -74,7 +74,7 @@ def sample_next(
     biased = logits if logit_bias is None else logits + logit_bias.to(logits.dtype)
     if force_termination is not None:
         forbid = forbid & ~force_termination
-    draw = gumbel_draw(biased, rows, temperature, trajectory, position, seed, stop, forbid)
+    draw = _checked_draw(biased, rows, temperature, trajectory, position, seed, stop, forbid)
     if force_termination is None:
         return Draw(*draw)
     token, *log_probs = draw
@@ -82,6 +82,13 @@ def sample_next(
         token.masked_fill(force_termination, stop),
         *(x.masked_fill(force_termination, 0.0) for x in log_probs),
     )
+
+
+def _checked_draw(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    try:
+        return gumbel_draw(*arguments)
+    except ValueError as error:
+        raise checks.InputError(str(error)) from None
 
 
 def _per_draw(num_draws: int, temperature: float | Tensor, trajectory: Tensor, position: Tensor) -> Tensor:

@@ -135,6 +135,15 @@ def _check_constraints(tree: TokenTree) -> None:
         longest,
         "raise max_length or cut the sequences",
     )
+    shortest = int(tree.length[tree.leaf].min()) if len(tree.leaf) else limits.min_length
+    checks.check(
+        limits.termination == "own" or shortest >= limits.min_length,
+        NAME,
+        "sequences",
+        f"at least constraints.min_length = {limits.min_length} tokens long",
+        shortest,
+        "drop them: the policy cannot stop there",
+    )
     stops = (tree.tokens == limits.termination_token_id) & (tree.role == Role.ACTION)
     checks.check(
         not bool(stops.any()),

@@ -28,15 +28,20 @@ class TreeMask:
     def rows(self, start: int, stop: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """(stop - start, stop) additive mask of query rows [start, stop) against keys [0, stop)."""
         key = (start, stop, window, dtype)
-        if key not in self._cache:
-            query = torch.arange(start, stop, device=self.end.device)[:, None]
-            node = torch.arange(stop, device=self.end.device)[None]
-            visible = (node <= query) & (query < self.end[None, :stop])
-            if window is not None:
-                visible &= self.position[start:stop, None] - self.position[None, :stop] < window
-            mask = torch.zeros(visible.shape, dtype=dtype, device=self.end.device)
-            self._cache[key] = mask.masked_fill_(~visible, -torch.inf)
-        return self._cache[key]
+        if key in self._cache:
+            return self._cache[key]
+        query = torch.arange(start, stop, device=self.end.device)[:, None]
+        node = torch.arange(stop, device=self.end.device)[None]
+        visible = (node <= query) & (query < self.end[None, :stop])
+        if window is not None:
+            visible &= self.position[start:stop, None] - self.position[None, :stop] < window
+        mask = torch.zeros(visible.shape, dtype=dtype, device=self.end.device).masked_fill_(
+            ~visible, -torch.inf
+        )
+        if stop - start == self.end.shape[0]:
+            # one block serves all layers; several would add up to the whole mask, so they are made anew
+            self._cache[key] = mask
+        return mask
 
     def block_mask(self, window: int | None):
         """FlexAttention BlockMask of the same visibility."""

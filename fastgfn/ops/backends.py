@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def backend_info() -> dict:
-    """{"versions": {...}, "device": str, "threads": int, "ops": {op: {"cpu": backend, "cuda": backend}}}.
+    """{"versions": {...}, "device": str, "ops": {op: {"cpu": backend, "cuda": backend}}}.
 
     For a device that this machine lacks the entry says what would serve it, the reason in brackets.
     """

@@ -49,7 +49,8 @@ class RandomIntegers:
         by_length = [sum(len(n) == k for n in self.numbers) for k in range(self.constraints.max_length + 1)]
         total = math.exp(-self.penalty)
         for k in range(1, self.constraints.max_length + 1):
-            total += ((self.vocab_size - 1) ** k - by_length[k]) * math.exp(-self.penalty * k)
+            total += math.exp(k * (math.log(self.vocab_size - 1) - self.penalty))
+            total -= by_length[k] * math.exp(-self.penalty * k)
         return total
 
     @property

@@ -1,0 +1,280 @@
+"""A policy: a causal LM with a LoRA adapter, its head, and the reference view with the adapter off."""
+
+import contextlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastgfn import checks
+from fastgfn.attention import TreeAttention
+from fastgfn.functional.log_probs import linear_log_probs
+from fastgfn.ops.attention import TreeMask
+from fastgfn.types import LogProbs, Role, TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The language-model head: logits = softcap(logit_scale * (hidden @ weight.T + bias))."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+
+class Policy:
+    """A causal LM whose adapter is trained, its tokenizer and its head.
+
+    `reference` is the same model with the adapter off (the base model); both have `hidden(...)` and `head`.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer=None) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._backbone = getattr(causal, causal.base_model_prefix)
+        self.config = causal.config
+        output = causal.get_output_embeddings()
+        _refuse_adapted_head(output)
+        self.head = Head(
+            weight=output.weight,
+            bias=getattr(output, "bias", None),
+            logit_scale=_logit_scale(self.config),
+            softcap=getattr(self.config, "final_logit_softcapping", None),
+        )
+        _refuse_dropout(model)
+        self._can_merge = _is_plain_lora(model)
+        _probe_tree(self)
+
+    @property
+    def reference(self) -> "Reference":
+        """The base model: this one with the adapter off.
+
+        Raises:
+            InputError: there is no adapter but trainable weights, so no frozen base is left to refer to.
+        """
+        frozen = hasattr(self.model, "disable_adapter") or not self.parameters()
+        want = "a LoRA adapter or frozen weights"
+        checks.check(frozen, "Policy.reference", "model", want, "trainable base weights", "use load_policy")
+        return Reference(self)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trainable parameters by name, in a fixed order."""
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    def hidden(self, tokens: Tensor, position: Tensor, attention) -> Tensor:
+        """(T, D) final hidden states of one packed row; `attention` is a TreeAttention or DecodeAttention."""
+        out = self._backbone(
+            input_ids=tokens[None], position_ids=position[None], use_cache=False, attention=attention
+        )
+        return out.last_hidden_state[0]
+
+    def tree_hidden(self, tokens: Tensor, position: Tensor, end: Tensor) -> Tensor:
+        """(T, D) final hidden states of a token tree."""
+        return self.hidden(tokens, position, TreeAttention(TreeMask(end, position)))
+
+    def tree_log_probs(
+        self, tree: TokenTree, logit_bias: Tensor | None = None, *, no_stop_below: int = 0
+    ) -> LogProbs:
+        """Node-aligned log p of this model, see `_tree_log_probs`."""
+        return _tree_log_probs(self, tree, logit_bias, no_stop_below)
+
+    @contextlib.contextmanager
+    def merged(self):
+        """Within the block every adapted layer holds W + scale B A and the adapter is off, for sampling.
+
+        Fewer and larger products per token, for one pass over the weights and a copy of them. The original
+        tensors are put back afterwards, bit for bit. An adapter that is not plain LoRA on linear layers, or
+        a base below float32 (which would round the adapter away), is left as it is.
+        """
+        if not self._can_merge:
+            yield
+            return
+        layers = [m for m in self.model.modules() if hasattr(m, "get_delta_weight")]
+        originals = [(layer.get_base_layer().weight, layer.get_base_layer().weight.data) for layer in layers]
+        try:
+            with torch.no_grad():
+                for layer, (weight, data) in zip(layers, originals, strict=True):
+                    weight.data = sum((layer.get_delta_weight(a) for a in layer.active_adapters), data)
+            with self._adapter_off():
+                yield
+        finally:
+            for weight, data in originals:
+                weight.data = data
+
+    def _adapter_off(self):
+        return (
+            self.model.disable_adapter()
+            if hasattr(self.model, "disable_adapter")
+            else contextlib.nullcontext()
+        )
+
+    def encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            checks.fail("encode", "tokenizer", "loaded", None, "pass token ids, or Policy(model, tokenizer)")
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def decode(self, ids: list[int]) -> str:
+        if self.tokenizer is None:
+            checks.fail(
+                "decode", "tokenizer", "loaded", None, "read token ids, or pass Policy(model, tokenizer)"
+            )
+        return self.tokenizer.decode(ids)
+
+
+class Reference:
+    """The base model: the policy's passes with the adapter off, without gradient."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    @property
+    def head(self) -> Head:
+        return self._policy.head
+
+    @torch.no_grad()
+    def tree_hidden(self, tokens: Tensor, position: Tensor, end: Tensor) -> Tensor:
+        with self._policy._adapter_off():
+            return self._policy.tree_hidden(tokens, position, end)
+
+    @torch.no_grad()
+    def tree_log_probs(
+        self, tree: TokenTree, logit_bias: Tensor | None = None, *, no_stop_below: int = 0
+    ) -> LogProbs:
+        """Node-aligned log p of the base model, see `_tree_log_probs`."""
+        return _tree_log_probs(self, tree, logit_bias, no_stop_below)
+
+
+def _tree_log_probs(
+    model: Policy | Reference, tree: TokenTree, logit_bias: Tensor | None, no_stop_below: int
+) -> LogProbs:
+    """log_pf (T,): log p(node's token | its parent), 0 on prompt nodes; log_pterm (T,): log p(stop | node),
+    0 off the states. One forward of the tree; the head sees each hidden row once, or twice below
+    `no_stop_below` tokens, where p is renormalised without the stop token for the tokens that follow."""
+    hidden = model.tree_hidden(tree.tokens, tree.position, tree.end)
+    zeros = torch.zeros(tree.num_nodes, device=hidden.device)
+    log_pf = zeros.to(torch.float64) if hidden.dtype == torch.float64 else zeros
+    log_pterm = log_pf
+    stop = tree.constraints.termination_token_id
+    bias = None if logit_bias is None else logit_bias.to(hidden.device)
+    nodes = (tree.role != Role.PROMPT).nonzero()[:, 0]
+    parents = tree.parent[nodes].long()
+    early = tree.length[parents] < no_stop_below
+    forbidden = torch.zeros(model.head.weight.shape[0], device=hidden.device)
+    forbidden[stop] = -torch.inf
+    for chosen, states, mask in (
+        (~early, tree.is_state, bias),
+        (early, None, forbidden if bias is None else bias + forbidden),
+    ):
+        own, above = nodes[chosen], parents[chosen]
+        needed = torch.zeros_like(tree.is_state) if states is None else states
+        needed = needed.index_fill(0, above, True)
+        rows = needed.nonzero()[:, 0]
+        if not len(rows):
+            continue
+        out = linear_log_probs(
+            hidden[rows],
+            model.head.weight,
+            tree.tokens[own],
+            rows=(needed.cumsum(0) - 1)[above],
+            termination_token_id=None if states is None else stop,
+            bias=model.head.bias,
+            logit_bias=mask,
+            logit_scale=model.head.logit_scale,
+            final_logit_softcap=model.head.softcap,
+        )
+        log_pf = log_pf.index_copy(0, own, out.log_pf)
+        if states is not None:
+            log_pterm = log_pterm.index_copy(0, rows, out.log_pterm).masked_fill(~tree.is_state, 0.0)
+    return LogProbs(log_pf=log_pf, log_pterm=log_pterm)
+
+
+def _logit_scale(config) -> float:
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+
+
+def _refuse_dropout(model: nn.Module) -> None:
+    """eval() silences every dropout; a LoRA dropout > 0 still says that the user expects it in training."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        dropout = getattr(config, "lora_dropout", 0.0)
+        checks.check(
+            dropout == 0.0,
+            "Policy",
+            f"lora_dropout of adapter '{name}'",
+            "0",
+            dropout,
+            "set lora_dropout=0: with dropout the scored policy is not the sampled policy",
+        )
+
+
+def _refuse_adapted_head(output: nn.Module) -> None:
+    plain = type(output).__module__.startswith("torch.nn")
+    fix = "leave the head out of target_modules and modules_to_save"
+    checks.check(plain, "Policy", "the output head", "a plain linear layer", type(output).__name__, fix)
+
+
+def _is_plain_lora(model: nn.Module) -> bool:
+    """Only lora_A and lora_B on linear layers (no DoRA, bias, saved modules or other methods), in float32."""
+    configs = getattr(model, "peft_config", {})
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    return (
+        len(configs) == 1
+        and bool(names)
+        and all(".lora_A." in n or ".lora_B." in n for n in names)
+        and not any(getattr(c, "use_dora", False) or getattr(c, "lora_bias", False) for c in configs.values())
+        and all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
+    )
+
+
+@torch.no_grad()
+def _probe_tree(policy: Policy) -> None:
+    """Refuse a model class that ignores the tree: a second sibling must not see the first."""
+    fix = "use a Llama, Mistral, Qwen2, Gemma 2, GPT-2, GPT-NeoX, OPT or Phi model"
+    name = type(policy.config).__name__
+    device = policy.device
+
+    def last(tokens: list[int], position: list[int], end: list[int]) -> Tensor:
+        ids, depth = torch.tensor(tokens, device=device), torch.tensor(position, device=device)
+        return policy.tree_hidden(ids, depth, torch.tensor(end, dtype=torch.int32, device=device))[-1].float()
+
+    try:
+        alone, beside = last([1, 2], [0, 1], [2, 2]), last([1, 0, 2], [0, 1, 1], [3, 2, 3])
+    except (AttributeError, TypeError, KeyError, NotImplementedError) as error:
+        checks.fail("Policy", "model", "of a class that takes the tree attention", f"{name} ({error})", fix)
+    gap = float((alone - beside).abs().max()) / max(1e-6, float(alone.abs().max()))
+    checks.check(gap < 0.02, "Policy", "model", "of a class that takes the tree attention", name, fix)
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """adapter_model.safetensors and adapter_config.json, as `peft.PeftModel.from_pretrained` reads them.
+
+    Written beside their place and renamed, so that neither is ever half there.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as partial:
+        policy.model.save_pretrained(partial, save_embedding_layers=False)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (Path(partial) / name).replace(folder / name)
+
+
+def load_adapter_weights(policy: Policy, tensors: dict[str, Tensor]) -> None:
+    """Put the tensors of an adapter_model.safetensors into the policy's adapter."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(policy.model, tensors)
