@@ -10,5 +10,5 @@ cp fastgfn/_C*.so "$OUT/"
 python3 -m pip install --quiet --no-build-isolation --no-deps --no-index -e . >>"$OUT/build.log" 2>&1
 pytest -m gpu tests 2>&1 | tee "$OUT/tests.log"
 compute-sanitizer --tool memcheck --error-exitcode 1 pytest -m gpu tests/test_csrc_cuda.py 2>&1 | tee "$OUT/sanitizer.log"
-python3 bench/bench_subtb.py --device cuda 2>&1 | tee "$OUT/bench.log"
+python3 bench/bench_subtb.py 2>&1 | tee "$OUT/bench.log"
 cp bench/results/*/*.csv "$OUT/"

@@ -113,9 +113,9 @@ class _Decoder:
             key, row_of_next = torch.unique(row_of[going] * vocab + drawn[going], return_inverse=True)
             parent, token = key // vocab, key % vocab
             row_of, row_group = row_of_next, row_group[parent]
-            attention.select(
-                parent if step else None, torch.bincount(row_group, minlength=len(self.prompts)).tolist()
-            )
+            same = step == 0 or torch.equal(parent, torch.arange(hidden.shape[0]))
+            sizes = torch.bincount(row_group, minlength=len(self.prompts)).tolist()
+            attention.select(None if same else parent, sizes)
             device = self.policy.device
             depth = self.prompt_length[row_group] + step
             hidden = self.policy.hidden(token.to(device), depth.to(device), attention)
@@ -136,16 +136,19 @@ class _Decoder:
 
     def _draw(self, hidden: Tensor, row_of: Tensor, alive: Tensor, step: int) -> Tensor:
         head, constraints = self.policy.head, self.constraints
+        fix = "the weights have diverged: lower learning_rate or set max_grad_norm"
+        checks.check(bool(hidden.isfinite().all()), "sample", "hidden states", "finite", "nan or inf", fix)
         drawn = torch.empty_like(alive)
         forbid = torch.full(alive.shape, step < constraints.min_length)
         chunk = max(1, LOGIT_BYTES // (4 * self.policy.vocab_size))
         for first in range(0, hidden.shape[0], chunk):
             rows = hidden[first : first + chunk]
-            logits = torch.nn.functional.linear(rows, head.weight, head.bias).float() * head.logit_scale
+            logits = torch.nn.functional.linear(rows, head.weight, head.bias).float()
+            if head.logit_scale != 1.0:
+                logits = logits * head.logit_scale
             if head.softcap is not None:
                 logits = head.softcap * torch.tanh(logits / head.softcap)
             here = ((row_of >= first) & (row_of < first + chunk)).nonzero()[:, 0]
-            _check_finite(logits)
             draw = sample_next(
                 logits.cpu(),
                 rows=row_of[here] - first,
@@ -160,12 +163,6 @@ class _Decoder:
             drawn[here] = draw.token
             self.log_behavior[alive[here]] += draw.log_behavior
         return drawn
-
-
-def _check_finite(logits: Tensor) -> None:
-    ok = bool(logits.isfinite().all())
-    fix = "the weights have diverged: lower learning_rate or set max_grad_norm"
-    checks.check(ok, "sample", "the model's logits", "finite", "nan or inf", fix)
 
 
 def check_prompts(prompts: Sequence[Tensor], policy: Policy, constraints: Constraints) -> None:

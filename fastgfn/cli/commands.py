@@ -63,7 +63,7 @@ def train_rng(
         lora_dropout=lora_dropout,
         plots=plots,
     )
-    finished = RngRun(settings, overrides).run(resume=resume, overwrite=overwrite)
+    finished = RngRun(settings, overrides, resume=resume).run(resume=resume, overwrite=overwrite)
     if not finished:
         raise typer.Exit(130)
 

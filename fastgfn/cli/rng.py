@@ -57,11 +57,13 @@ class RngSettings:
 class RngRun:
     """One run: everything is validated before the run folder is touched."""
 
-    def __init__(self, settings: RngSettings, overrides: dict) -> None:
+    def __init__(self, settings: RngSettings, overrides: dict, *, resume: bool = False) -> None:
         if settings.plots:
             report.require_plots()
         self.settings = settings
-        self.config = TrainConfig.from_dict(DEFAULTS | overrides)
+        known = settings.output / "run.json"
+        base = read_json(known)["train"] if resume and known.is_file() else DEFAULTS
+        self.config = TrainConfig.from_dict(base | overrides)
         self.policy = load_policy(
             settings.model,
             lora_rank=settings.lora_rank,

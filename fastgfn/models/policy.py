@@ -110,7 +110,7 @@ class Policy:
         try:
             with torch.no_grad():
                 for layer, (weight, data) in zip(layers, originals, strict=True):
-                    weight.data = sum((layer.get_delta_weight(a) for a in layer.active_adapters), data)
+                    weight.data = _with_delta(layer, data)
             with self._adapter_off():
                 yield
         finally:
@@ -222,6 +222,15 @@ def _refuse_dropout(model: nn.Module) -> None:
             dropout,
             "set lora_dropout=0: with dropout the scored policy is not the sampled policy",
         )
+
+
+def _with_delta(layer: nn.Module, weight: Tensor) -> Tensor:
+    """W + scale B A in one pass over W; W is (in, out) where the layer says fan_in_fan_out."""
+    (name,) = layer.active_adapters
+    a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    if layer.fan_in_fan_out:
+        return torch.addmm(weight, a.T, b.T, alpha=scale)
+    return torch.addmm(weight, b, a, alpha=scale)
 
 
 def _refuse_adapted_head(output: nn.Module) -> None:
