@@ -82,8 +82,11 @@ def value_and_grads(loss: Loss, inputs: tuple[Tensor, ...], subtb_lambda: float)
     return value.detach(), *torch.autograd.grad(value, (log_pf, log_flow))
 
 
-def check(names: list[str], inputs: tuple[Tensor, ...], subtb_lambda: float) -> float:
-    """Refuse to time a provider that is wrong on the first two rows; returns the error of fastgfn."""
+def check(names: list[str], inputs: tuple[Tensor, ...], subtb_lambda: float) -> tuple[list[str], float]:
+    """The providers that may be timed, and the error of fastgfn, on the first two rows.
+
+    A rival that is off by more than its tolerance is named and left out; if fastgfn is, nothing is timed.
+    """
     few = tuple(x[:2] for x in inputs)
     truth = value_and_grads(all_pairs_loss, (few[0].double(), few[1].double(), few[2]), subtb_lambda)
     errors = {}
@@ -91,8 +94,10 @@ def check(names: list[str], inputs: tuple[Tensor, ...], subtb_lambda: float) -> 
         got = value_and_grads(PROVIDERS[name], few, subtb_lambda)
         errors[name] = max(relative_error(a, b) for a, b in zip(got, truth, strict=True))
         if not errors[name] <= TOLERANCE[name]:
-            raise SystemExit(f"bench_subtb: {name} is off by {errors[name]:.3g}, more than {TOLERANCE[name]}")
-    return errors["fastgfn"]
+            print(f"bench_subtb: {name} is off by {errors[name]:.3g}, more than {TOLERANCE[name]}; not timed")
+            if name.startswith("fastgfn"):
+                raise SystemExit(1)
+    return [name for name in names if errors[name] <= TOLERANCE[name]], errors["fastgfn"]
 
 
 def growth(medians: dict[int, float]) -> float | None:
@@ -122,7 +127,7 @@ def main() -> None:
             if max(medians[name].values(), default=0.0) < MOST_MS
             and (name != "all_pairs" or args.rows * (length + 1) ** 2 <= MOST_PAIRS)
         ]
-        error = check(names, inputs, args.subtb_lambda)
+        names, error = check(names, inputs, args.subtb_lambda)
         steps = {name: partial(value_and_grads, PROVIDERS[name], inputs, args.subtb_lambda) for name in names}
         times = time_interleaved(steps, repeats=args.repeats)
         for name in names:
