@@ -15,13 +15,17 @@ def test_kernels_resolve_inside_the_package_and_only_there():
     import fastgfn.kernels
 
     assert Path(fastgfn.kernels.__file__).parent.name == "kernels"
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); import kernels"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert "import fastgfn.kernels, not kernels" in done.stderr
+    at_root = "import sys; sys.path.insert(0, '.'); "
+    for code, error in (
+        # transformers looks for a package named kernels: it must find none that it could use
+        ("import fastgfn", ""),
+        ("import kernels.log_probs", "No module named 'kernels.log_probs'"),
+        ("from kernels import log_probs", "cannot import name 'log_probs'"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", at_root + code], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (done.returncode == 0) == (error == "") and error in done.stderr
 
 
 def test_public_names_are_frozen():
