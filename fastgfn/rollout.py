@@ -17,6 +17,7 @@ from fastgfn.functional.sampling import sample_next
 from fastgfn.models import Policy
 from fastgfn.ops.attention import TreeMask
 from fastgfn.ops.decode import decode_update_
+from fastgfn.ops.linear import product
 from fastgfn.types import Constraints, Rollouts, as_int64
 
 LOGIT_BYTES = 64 * 2**20
@@ -143,7 +144,7 @@ class _Decoder:
         chunk = max(1, LOGIT_BYTES // (4 * self.policy.vocab_size))
         for first in range(0, hidden.shape[0], chunk):
             rows = hidden[first : first + chunk]
-            logits = torch.nn.functional.linear(rows, head.weight, head.bias).float()
+            logits = product(rows, head.weight, head.bias).float()
             if head.logit_scale != 1.0:
                 logits = logits * head.logit_scale
             if head.softcap is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastgfn import checks
 from fastgfn.attention import TreeAttention
 from fastgfn.functional.log_probs import linear_log_probs
+from fastgfn.models.linear import take_over
 from fastgfn.ops.attention import TreeMask
 from fastgfn.types import LogProbs, Role, TokenTree
 
@@ -46,7 +47,7 @@ class Policy:
             softcap=getattr(self.config, "final_logit_softcapping", None),
         )
         _refuse_dropout(model)
-        self._can_merge = _is_plain_lora(model)
+        self._linear = take_over(self._backbone)
         _probe_tree(self)
 
     @property
@@ -96,26 +97,19 @@ class Policy:
 
     @contextlib.contextmanager
     def merged(self):
-        """Within the block every adapted layer holds W + scale B A and the adapter is off, for sampling.
+        """Within the block every linear layer holds W + scale B A, packed for products with few rows.
 
-        Fewer and larger products per token, for one pass over the weights and a copy of them. The original
-        tensors are put back afterwards, bit for bit. An adapter that is not plain LoRA on linear layers, or
-        a base below float32 (which would round the adapter away), is left as it is.
+        For sampling: fewer and faster products per token, for one pass over the weights and a copy of them.
+        A layer whose adapter is not plain LoRA, or below float32 (which would round the adapter away), is
+        left as it is.
         """
-        if not self._can_merge:
-            yield
-            return
-        layers = [m for m in self.model.modules() if hasattr(m, "get_delta_weight")]
-        originals = [(layer.get_base_layer().weight, layer.get_base_layer().weight.data) for layer in layers]
         try:
-            with torch.no_grad():
-                for layer, (weight, data) in zip(layers, originals, strict=True):
-                    weight.data = _with_delta(layer, data)
-            with self._adapter_off():
-                yield
+            for layer in self._linear:
+                layer.merge()
+            yield
         finally:
-            for weight, data in originals:
-                weight.data = data
+            for layer in self._linear:
+                layer.unmerge()
 
     def _adapter_off(self):
         return (
@@ -224,32 +218,10 @@ def _refuse_dropout(model: nn.Module) -> None:
         )
 
 
-def _with_delta(layer: nn.Module, weight: Tensor) -> Tensor:
-    """W + scale B A in one pass over W; W is (in, out) where the layer says fan_in_fan_out."""
-    (name,) = layer.active_adapters
-    a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-    if layer.fan_in_fan_out:
-        return torch.addmm(weight, a.T, b.T, alpha=scale)
-    return torch.addmm(weight, b, a, alpha=scale)
-
-
 def _refuse_adapted_head(output: nn.Module) -> None:
     plain = type(output).__module__.startswith("torch.nn")
     fix = "leave the head out of target_modules and modules_to_save"
     checks.check(plain, "Policy", "the output head", "a plain linear layer", type(output).__name__, fix)
-
-
-def _is_plain_lora(model: nn.Module) -> bool:
-    """Only lora_A and lora_B on linear layers (no DoRA, bias, saved modules or other methods), in float32."""
-    configs = getattr(model, "peft_config", {})
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    return (
-        len(configs) == 1
-        and bool(names)
-        and all(".lora_A." in n or ".lora_B." in n for n in names)
-        and not any(getattr(c, "use_dora", False) or getattr(c, "lora_bias", False) for c in configs.values())
-        and all(p.dtype in (torch.float32, torch.float64) for p in model.parameters())
-    )
 
 
 @torch.no_grad()

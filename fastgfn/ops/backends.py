@@ -5,6 +5,8 @@ import platform
 
 import torch
 
+from fastgfn.ops.linear import HAS_ONEDNN
+
 _PACKAGES = ("fastgfn", "torch", "triton", "transformers", "peft", "safetensors", "numpy")
 _CSRC = (
     "build_tree",
@@ -36,8 +38,11 @@ def backend_info() -> dict:
     cuda = torch.cuda.is_available()
     absent = "" if cuda else " (no CUDA device here)"
     compiled = _has_cuda_kernel("subtb_padded")
+    gemm = "oneDNN for float32, else torch" if HAS_ONEDNN else "torch (built without oneDNN)"
     ops = {
-        "linear_log_probs": {"cpu": "torch, vocabulary tiles", "cuda": f"torch, vocabulary tiles{absent}"},
+        "linear": {"cpu": gemm, "cuda": f"torch{absent}"},
+        "lora_linear": {"cpu": gemm, "cuda": f"torch{absent}"},
+        "linear_log_probs": {"cpu": f"{gemm}, vocabulary tiles", "cuda": f"torch, vocabulary tiles{absent}"},
         "log_probs_from_logits": {"cpu": "torch", "cuda": f"triton{absent}"},
         "tree_attention": {"cpu": "SDPA, dense mask", "cuda": f"FlexAttention{absent}"},
         "decode_attention": {"cpu": "torch matmul", "cuda": f"torch matmul{absent}"},

@@ -9,6 +9,8 @@ distinct (column, row) entries, so those of a tile are one range and every gradi
 import torch
 from torch import Tensor
 
+from fastgfn.ops.linear import product
+
 # Logits of one tile are (R, VOCAB_TILE); wider tiles leave the cache and were slower at every R.
 VOCAB_TILE = 512
 
@@ -93,7 +95,7 @@ def _linear_log_probs(
             z[at] = 0.0
             if s is not None:
                 z.mul_(s)
-            row_grad.mul_(shrink).add_(z.to(w.dtype) @ w)
+            row_grad.mul_(shrink).add_(product(z.to(w.dtype), w.T))
     log_total = total.log()
     log_p = (logits - peak[rows, 0]) - log_total[rows, 0]
     if save_row_grad:
@@ -157,9 +159,9 @@ def _backward(
         z[rows[own], columns[own] - span.start] = at_entries[own]
         z.mul_(factor)
         if need_hidden:
-            grad_hidden.add_(z.to(w.dtype) @ w)
+            grad_hidden.add_(product(z.to(w.dtype), w.T))
         if need_weight:
-            grad_weight[span] = z.to(w.dtype).T @ hidden
+            grad_weight[span] = product(z.to(w.dtype).T, hidden.T)
         if need_bias:
             grad_bias[span] = z.sum(0)
     return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
@@ -191,7 +193,7 @@ def _tile_logits(
     temperature: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Logits of a tile and, with a softcap, its derivative; x is already scaled by `_scaled_hidden`."""
-    z = x @ weight.to(x.dtype).T
+    z = product(x, weight.to(x.dtype))
     slope = None
     if bias is not None:
         z.add_(bias[span].to(x.dtype), alpha=logit_scale / (temperature if softcap is None else softcap))

@@ -1,0 +1,125 @@
+"""The linear layers of a policy go through the ops, and layers that the ops do not cover keep their own."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from fastgfn.models.linear import take_over
+
+IDS = torch.arange(1, 9)[None]
+
+
+def make(kind):
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=13, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    else:
+        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        config = LlamaConfig(vocab_size=13, attention_bias=kind == "attention_bias", **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    model = model.to(torch.bfloat16 if kind == "bfloat16" else torch.float64)
+    if kind != "trainable_base":
+        model.requires_grad_(False)
+    options = {
+        "dora": dict(use_dora=True),
+        "lora_bias": dict(lora_bias=True),
+        "two_layers": dict(target_modules=["q_proj", "v_proj"]),
+        "gpt2": dict(fan_in_fan_out=True),
+        "rslora": dict(use_rslora=True),
+    }.get(kind, {})
+    if kind not in ("no_adapter", "trainable_base"):
+        options = dict(target_modules="all-linear") | options
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora" in name:
+                p.copy_(torch.randn_like(p) * 0.2)
+    return model.eval()
+
+
+def run(model):
+    """Logits and the gradients of the trainable parameters."""
+    out = model(input_ids=IDS).logits.double()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [out.detach(), *(torch.autograd.grad(out.square().sum(), trainable) if trainable else [])]
+
+
+KINDS = {
+    # kind -> (layers covered by the ops, layers)
+    "plain": (14, 14),
+    "attention_bias": (14, 14),
+    "rslora": (14, 14),
+    "two_layers": (14, 14),
+    "gpt2": (8, 8),
+    "no_adapter": (14, 14),
+    "trainable_base": (0, 14),
+    "dora": (0, 14),
+    "lora_bias": (0, 14),
+    "bfloat16": (0, 14),
+}
+
+
+def backbone(model):
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(causal, causal.base_model_prefix)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_stay_the_same(kind):
+    model = make(kind)
+    want = run(model)
+    layers = take_over(backbone(model))
+    assert (sum(layer.is_covered for layer in layers), len(layers)) == KINDS[kind]
+    tolerance = 1e-12 if all(layer.is_covered for layer in layers) else 0
+    for a, b in zip(run(model), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    if kind not in ("no_adapter", "trainable_base"):
+        with model.disable_adapter(), torch.no_grad():
+            off = model(input_ids=IDS).logits.double()
+        assert not torch.allclose(off, want[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_layers_give_the_same_logits_and_come_back(kind):
+    model = make(kind)
+    with torch.no_grad():
+        want = model(input_ids=IDS).logits
+        layers = take_over(backbone(model))
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        for layer in layers:
+            layer.merge()
+        assert sum(layer.merged_weight is not None for layer in layers) == KINDS[kind][0]
+        torch.testing.assert_close(model(input_ids=IDS).logits, want, rtol=1e-10, atol=1e-10)
+        for layer in layers:
+            layer.unmerge()
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+    for a, b in zip(run(model), run(make(kind)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_follows_what_peft_does_to_the_adapter():
+    model = make("plain")
+    with torch.no_grad():
+        want = model(input_ids=IDS).logits
+        layers = take_over(backbone(model))
+        model.merge_adapter()
+        torch.testing.assert_close(model(input_ids=IDS).logits, want)
+        for layer in layers:
+            layer.merge()
+        torch.testing.assert_close(model(input_ids=IDS).logits, want)
+        for layer in layers:
+            layer.unmerge()
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(input_ids=IDS).logits, want)
+        with model.disable_adapter():
+            base = model(input_ids=IDS).logits
+            for layer in layers:
+                layer.merge()
+            torch.testing.assert_close(model(input_ids=IDS).logits, base)
+            for layer in layers:
+                layer.unmerge()
+        assert not torch.allclose(base, want)
+        model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model.set_adapter("other")
+        torch.testing.assert_close(model(input_ids=IDS).logits, base)

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from torch.library import opcheck
+
+from fastgfn.ops import linear as ops
+from fastgfn.reference import linear as ref
+from fastgfn.testing import assert_close_to_truth, relative_error
+
+
+def inputs(dtype, shape=(7, 24), out=18, rank=3, bias=True, seed=0):
+    """x, weight, bias, lora_a, lora_b; the last two and x want gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*sizes):
+        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+    width = shape[-1]
+    x, a, b = draw(*shape), draw(rank, width), draw(out, rank)
+    return [x, draw(out, width), draw(out) if bias else None, a, b]
+
+
+def run(function, args, with_lora):
+    chosen = [0, 3, 4] if with_lora else [0]
+    for i in chosen:
+        args[i] = args[i].detach().requires_grad_()
+    out = function(*args, 0.7) if with_lora else function(*args[:3])
+    upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, [args[i] for i in chosen], upstream)]
+
+
+@pytest.mark.parametrize("with_lora", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_reference_with_gradients(with_lora, bias, dtype):
+    op, reference = (getattr(m, "lora_linear" if with_lora else "frozen_linear") for m in (ops, ref))
+    truth = run(reference, [t if t is None else t.double() for t in inputs(dtype, bias=bias)], with_lora)
+    naive = run(reference, inputs(dtype, bias=bias), with_lora)
+    fused = run(op, inputs(dtype, bias=bias), with_lora)
+    for i, values in enumerate(zip(fused, naive, truth, strict=True)):
+        assert_close_to_truth(f"value {i}", *values, grad=i > 0)
+
+
+@pytest.mark.parametrize("with_lora", [True, False])
+def test_gradcheck(with_lora):
+    x, weight, bias, a, b = inputs(torch.float64, (3, 5), 4, 2)
+    x, a, b = (t.requires_grad_() for t in (x, a, b))
+    if with_lora:
+        assert torch.autograd.gradcheck(
+            lambda *t: ops.lora_linear(t[0], weight, bias, *t[1:], 0.7), (x, a, b)
+        )
+    else:
+        assert torch.autograd.gradcheck(lambda t: ops.frozen_linear(t, weight, bias), x)
+
+
+# One row, no rows, more axes, a transposed and a strided weight, rank 1, widths that fill no vector register.
+def test_odd_shapes():
+    for shape, out, rank in (((1, 17), 5, 1), ((0, 8), 4, 2), ((2, 3, 9), 33, 4), ((9,), 3, 2)):
+        args = inputs(torch.float32, shape, out, rank)
+        got, want = (run(m.lora_linear, args, True) for m in (ops, ref))
+        for a, b in zip(got, want, strict=True):
+            assert a.shape == b.shape and relative_error(a, b) < 1e-5
+    x, weight, *_ = inputs(torch.float32)
+    for view in (weight.T.contiguous().T, torch.cat([weight, weight], 1)[:, :24], weight.repeat(2, 1)[::2]):
+        assert relative_error(ops.product(x, view), x @ view.T) < 1e-6
+    strided = torch.randn(7, 48)[:, ::2]
+    assert relative_error(ops.product(strided, weight), strided @ weight.T) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_packed_weight_gives_the_same_product_for_any_number_of_rows(dtype):
+    _, weight, bias, *_ = inputs(dtype, out=40)
+    packed = ops.packed(weight)
+    assert packed.is_mkldnn == (dtype == torch.float32 and ops.HAS_ONEDNN)
+    for rows in (1, 2, 16, 65):
+        x = torch.randn(rows, 24, dtype=dtype)
+        want = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        naive = torch.nn.functional.linear(x, weight, bias)
+        assert_close_to_truth("packed", ops.product(x, packed, bias), naive, want)
+
+
+def test_nan_and_inf_come_through():
+    x, weight, *_ = inputs(torch.float32)
+    x[0, 0], x[1, 1] = torch.nan, torch.inf
+    for w in (weight, ops.packed(weight)):
+        out = ops.product(x, w)
+        assert out[0].isnan().all() and not out[1].isfinite().any() and out[2:].isfinite().all()
+
+
+def test_repeat_gives_equal_bits():
+    first, second = (run(ops.lora_linear, inputs(torch.float32, (65, 96), 80, 8), True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(bias):
+    x, weight, b, lora_a, lora_b = inputs(torch.float32, bias=bias)
+    leaves = [t.requires_grad_() for t in (x, lora_a, lora_b)]
+    opcheck(torch.ops.fastgfn.lora_linear.default, (leaves[0], weight, b, *leaves[1:], 0.7))
+    opcheck(torch.ops.fastgfn.frozen_linear.default, (leaves[0], weight, b))
+
+
+def test_refuses_bad_input():
+    x, weight, bias, a, b = inputs(torch.float32)
+    with pytest.raises(ValueError, match=r"lora_linear: weight must be \(N, 24\), got \(24, 18\)"):
+        ops.lora_linear(x, weight.T, bias, a, b, 1.0)
+    with pytest.raises(ValueError, match=r"lora_linear: lora_a must be \(3, 24\), got \(3, 18\)"):
+        ops.lora_linear(x, weight, bias, b.T, b, 1.0)
+    with pytest.raises(ValueError, match=r"lora_linear: lora_b must be \(18, 3\), got \(3, 18\)"):
+        ops.lora_linear(x, weight, bias, a, b.T, 1.0)
+    with pytest.raises(TypeError, match="frozen_linear: weight must be torch.float32, got torch.float64"):
+        ops.frozen_linear(x, weight.double(), bias)
+    with pytest.raises(ValueError, match="frozen_linear: weight must be frozen, got one that requires grad"):
+        ops.frozen_linear(x, weight.requires_grad_(), bias)
