@@ -12,6 +12,7 @@ from fastgfn import checks
 from fastgfn.attention import TreeAttention
 from fastgfn.functional.log_probs import linear_log_probs
 from fastgfn.models.linear import take_over
+from fastgfn.models.mlp import take_over_mlps
 from fastgfn.ops.attention import TreeMask
 from fastgfn.types import LogProbs, Role, TokenTree
 
@@ -48,6 +49,7 @@ class Policy:
         )
         _refuse_dropout(model)
         self._linear = take_over(self._backbone)
+        take_over_mlps(self._backbone)
         _probe_tree(self)
 
     @property

@@ -1,0 +1,57 @@
+"""The gated MLPs of a backbone, without their product in the autograd graph: it is the largest activation of
+a layer, and one elementwise pass makes it again from the two projections that are saved anyway."""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from fastgfn.ops.silu_mul import silu_mul
+from fastgfn.testing import relative_error
+
+_CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class GatedMLP:
+    """Stands in for the `forward` of an MLP that computes down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        self.mlp = mlp
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.mlp.gate_proj(x), self.mlp.up_proj(x)
+        product = silu_mul(gate, up)
+        if not product.requires_grad:
+            return self.mlp.down_proj(product)
+
+        def pack(saved: Tensor):
+            if saved.data_ptr() == product.data_ptr() and saved.numel() == product.numel():
+                return gate.detach(), up.detach(), saved.shape
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+            return self.mlp.down_proj(product)
+
+
+def _unpack(saved):
+    if isinstance(saved, Tensor):
+        return saved
+    gate, up, shape = saved
+    return silu_mul(gate, up).view(shape)
+
+
+@torch.no_grad()
+def take_over_mlps(backbone: nn.Module) -> int:
+    """Put a `GatedMLP` in the place of the forward of every MLP that computes the same; returns how many."""
+    count = 0
+    for mlp in backbone.modules():
+        if {name for name, _ in mlp.named_children()} != _CHILDREN:
+            continue
+        weight = mlp.gate_proj.weight
+        if not isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)) or not weight.is_floating_point():
+            continue
+        x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
+        # A class may scale its parts in ways that its children do not show.
+        if relative_error(GatedMLP(mlp)(x), mlp(x)) < 16 * torch.finfo(weight.dtype).eps:
+            mlp.forward = GatedMLP(mlp)
+            count += 1
+    return count

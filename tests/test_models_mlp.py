@@ -1,0 +1,80 @@
+"""Gated MLPs keep the two projections for backward and make their product again."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
+
+from fastgfn.models.linear import take_over
+from fastgfn.models.mlp import take_over_mlps
+
+IDS = torch.arange(1, 9)[None]
+WIDTH = 48
+
+
+def make(config=LlamaConfig, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=32, intermediate_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, head_dim=8
+    )
+    model = AutoModelForCausalLM.from_config(config(vocab_size=13, **sizes)).to(dtype)
+    options = dict(target_modules="all-linear") | options
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora" in name:
+                p.copy_(torch.randn_like(p) * 0.2)
+    return model.eval()
+
+
+def run(model):
+    """Logits, the gradients of the trainable parameters, and how many saved tensors hold the inner width."""
+    sizes, seen = [], set()
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in seen:
+            seen.add(t.untyped_storage().data_ptr())
+            sizes.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(input_ids=IDS).logits.double()
+        loss = out.square().sum()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return [out.detach(), *torch.autograd.grad(loss, trainable)], sizes.count(IDS.numel() * WIDTH)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", ["all-linear", ["q_proj"], ["down_proj"]])
+def test_values_and_gradients_stay_the_same(dtype, target):
+    want, _ = run(make(dtype=dtype, target_modules=target))
+    model = make(dtype=dtype, target_modules=target)
+    linear = take_over(model.model.model)
+    assert len(linear) == 14 and take_over_mlps(model.model.model) == 2
+    got, _ = run(model)
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
+def test_saves_two_tensors_of_the_inner_width_instead_of_four():
+    model = make()
+    _, before = run(model)
+    take_over(model.model.model)
+    take_over_mlps(model.model.model)
+    _, after = run(model)
+    assert (before, after) == (2 * 4, 2 * 2)
+
+
+def test_leaves_an_mlp_that_computes_something_else():
+    assert take_over_mlps(make(GemmaConfig).model.model) == 0, "its activation is not silu"
+    model = make().model.model
+
+    class Scaled(type(model.layers[0].mlp)):
+        def forward(self, x):
+            return 1.1 * super().forward(x)
+
+    model.layers[0].mlp.__class__ = Scaled
+    model.layers[1].mlp.act_fn = nn.SiLU()
+    assert take_over_mlps(model) == 1
