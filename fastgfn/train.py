@@ -72,7 +72,9 @@ class Trainer:
         self.reward = reward
         self.constraints = constraints
         self.config = config
-        self.optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, betas=config.adam_betas)
+        self.optimizer = torch.optim.Adam(
+            parameters, lr=config.learning_rate, betas=config.adam_betas, fused=True
+        )
         self.buffer = ReplayBuffer(
             config.replay_capacity,
             duplicates=config.replay_duplicates if config.replay_samples else "exact",
