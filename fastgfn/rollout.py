@@ -22,7 +22,7 @@ from fastgfn.types import Constraints, Rollouts, as_int64
 
 LOGIT_BYTES = 64 * 2**20
 # Merging the adapter costs one pass over the weights, which this many decode steps without it repay.
-MERGE_FROM = 12
+MERGE_FROM = 6
 
 
 @torch.no_grad()
