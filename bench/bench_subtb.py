@@ -113,7 +113,7 @@ def growth(medians: dict[int, float]) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=32, help="trajectories in the batch")
+    parser.add_argument("--rows", type=int, default=256, help="trajectories in the batch")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--subtb-lambda", type=float, default=1.0)
     args = parser.parse_args()

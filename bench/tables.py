@@ -79,7 +79,8 @@ def step() -> str:
 
 
 def subtb() -> str:
-    rows = newest(read("subtb"), "provider", "L")
+    rows = read("subtb")
+    rows = newest([r for r in rows if r["N"] == rows[-1]["N"]], "provider", "L")
     providers = sorted({r["provider"] for r in rows}, key=lambda p: (p != "fastgfn", p))
     lengths = sorted({int(r["L"]) for r in rows})
     cell = {(r["provider"], int(r["L"])): f"{float(r['ms_p50']):.2f}" for r in rows}
