@@ -1,5 +1,8 @@
 """Gated MLPs keep the two projections for backward and make their product again."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,6 +11,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
 
 from fastgfn.models.linear import take_over
 from fastgfn.models.mlp import take_over_mlps
+from fastgfn.ops.silu_mul import silu_mul
 
 IDS = torch.arange(1, 9)[None]
 WIDTH = 48
@@ -65,6 +69,23 @@ def test_saves_two_tensors_of_the_inner_width_instead_of_four():
     take_over_mlps(model.model.model)
     _, after = run(model)
     assert (before, after) == (2 * 4, 2 * 2)
+
+
+def test_the_product_is_gone_after_the_forward(monkeypatch):
+    model = make()
+    take_over(model.model.model)
+    take_over_mlps(model.model.model)
+    products = []
+
+    def remember(gate, up):
+        product = silu_mul(gate, up)
+        products.append(weakref.ref(product.untyped_storage()))
+        return product
+
+    monkeypatch.setattr("fastgfn.models.mlp.silu_mul", remember)
+    out = model(input_ids=IDS).logits
+    gc.collect()
+    assert out.requires_grad and len(products) == 2 and all(p() is None for p in products)
 
 
 def test_leaves_an_mlp_that_computes_something_else():

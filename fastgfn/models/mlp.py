@@ -23,10 +23,11 @@ class GatedMLP:
         if not product.requires_grad:
             return self.mlp.down_proj(product)
 
+        # autograd keeps the hook, so it must not keep the product
+        address, inputs = product.data_ptr(), (gate.detach(), up.detach())
+
         def pack(saved: Tensor):
-            if saved.data_ptr() == product.data_ptr() and saved.numel() == product.numel():
-                return gate.detach(), up.detach(), saved.shape
-            return saved
+            return (*inputs, saved.shape) if saved.data_ptr() == address else saved
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             return self.mlp.down_proj(product)
