@@ -113,7 +113,7 @@ def load(args: argparse.Namespace, dtype: torch.dtype, *, published: bool) -> Po
     # The adapter is drawn in the base's dtype, so float64 is reached by widening the float32 model.
     policy = load_policy(lora_rank=args.rank, dtype=torch.float32 if dtype == torch.float64 else dtype)
     if published:
-        policy.model.set_attn_implementation("sdpa")
+        published_loop.restore_plain(policy.model)
     generator = torch.Generator().manual_seed(1)
     for name, p in policy.parameters():
         if "lora_B" in name:

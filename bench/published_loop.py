@@ -39,6 +39,13 @@ class Decoded(NamedTuple):
     log_pterm: Tensor
 
 
+def restore_plain(model: torch.nn.Module) -> None:
+    """Undo what Policy does to a model: the loop runs transformers' and peft's own forwards and SDPA."""
+    model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+
+
 def micro_step(
     model: torch.nn.Module,
     prompt: Tensor,  # (P,) int64

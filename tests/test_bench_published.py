@@ -162,3 +162,11 @@ def test_micro_step_equals_the_original(loop, family, min_length):
     ]
     print(f"{family} min_length {min_length}: loss {errors[0]:.2e}, adapter gradients {errors[1]:.2e}")
     assert max(errors) <= 1e-5
+
+
+def test_the_loop_runs_the_plain_model(loop, tiny_policy):
+    policy = tiny_policy()
+    assert any("forward" in module.__dict__ for module in policy.model.modules())
+    loop.restore_plain(policy.model)
+    assert not any("forward" in module.__dict__ for module in policy.model.modules())
+    assert policy.config._attn_implementation == "sdpa"
