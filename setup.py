@@ -30,7 +30,7 @@ setup(
         (CUDAExtension if cuda else CppExtension)(
             "fastgfn._C",
             sources,
-            depends=sorted(glob.glob("csrc/*.h")),
+            depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/cuda/*.h")),
             extra_compile_args={
                 "cxx": ["-O3", "-fopenmp"],
                 "nvcc": ["-O3"],

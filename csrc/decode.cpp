@@ -12,28 +12,10 @@ using at::Tensor;
 
 constexpr const char* kName = "decode_update_";
 
-void check_state(const Tensor& tokens, const Tensor& lengths, const Tensor& finished, const Tensor& drawn,
-                 const Tensor& rows, int64_t max_length) {
-  FASTGFN_CHECK_DTYPE(tokens, at::kLong, kName, "cast it to int64");
-  FASTGFN_CHECK_DTYPE(lengths, at::kLong, kName, "cast it to int64");
-  FASTGFN_CHECK_DTYPE(finished, at::kBool, kName, "cast it to bool");
-  FASTGFN_CHECK_DTYPE(drawn, at::kLong, kName, "cast it to int64");
-  FASTGFN_CHECK_DTYPE(rows, at::kLong, kName, "cast it to int64");
-  FASTGFN_CHECK_DIM(tokens, 2, kName, "pass (N, max_length)");
-  for (const Tensor& t : {lengths, finished}) {
-    FASTGFN_CHECK(t.dim() == 1 && t.size(0) == tokens.size(0), kName, "lengths and finished",
-                  c10::str("(", tokens.size(0), ",)"), t.sizes(), "give one value per row of tokens");
-  }
-  FASTGFN_CHECK(drawn.dim() == 1 && rows.sizes() == drawn.sizes(), kName, "rows", drawn.sizes(), rows.sizes(),
-                "give one row per drawn token");
-  FASTGFN_CHECK(max_length >= 1 && max_length <= tokens.size(1), kName, "max_length",
-                c10::str("in [1, ", tokens.size(1), "]"), max_length, "widen tokens");
-}
-
 // All rows are checked before the first write, so a refusal leaves the state as it was.
 void decode_update(const Tensor& tokens, const Tensor& lengths, const Tensor& finished, const Tensor& drawn,
                    const Tensor& rows, int64_t termination_token_id, int64_t max_length) {
-  check_state(tokens, lengths, finished, drawn, rows, max_length);
+  check_decode_update(tokens, lengths, finished, drawn, rows, max_length);
   auto token = tokens.accessor<int64_t, 2>();
   auto length = lengths.accessor<int64_t, 1>();
   auto done = finished.accessor<bool, 1>();
@@ -61,6 +43,24 @@ void decode_update(const Tensor& tokens, const Tensor& lengths, const Tensor& fi
 }
 
 }  // namespace
+
+void check_decode_update(const Tensor& tokens, const Tensor& lengths, const Tensor& finished,
+                         const Tensor& drawn, const Tensor& rows, int64_t max_length) {
+  FASTGFN_CHECK_DTYPE(tokens, at::kLong, kName, "cast it to int64");
+  FASTGFN_CHECK_DTYPE(lengths, at::kLong, kName, "cast it to int64");
+  FASTGFN_CHECK_DTYPE(finished, at::kBool, kName, "cast it to bool");
+  FASTGFN_CHECK_DTYPE(drawn, at::kLong, kName, "cast it to int64");
+  FASTGFN_CHECK_DTYPE(rows, at::kLong, kName, "cast it to int64");
+  FASTGFN_CHECK_DIM(tokens, 2, kName, "pass (N, max_length)");
+  for (const Tensor& t : {lengths, finished}) {
+    FASTGFN_CHECK(t.dim() == 1 && t.size(0) == tokens.size(0), kName, "lengths and finished",
+                  c10::str("(", tokens.size(0), ",)"), t.sizes(), "give one value per row of tokens");
+  }
+  FASTGFN_CHECK(drawn.dim() == 1 && rows.sizes() == drawn.sizes(), kName, "rows", drawn.sizes(), rows.sizes(),
+                "give one row per drawn token");
+  FASTGFN_CHECK(max_length >= 1 && max_length <= tokens.size(1), kName, "max_length",
+                c10::str("in [1, ", tokens.size(1), "]"), max_length, "widen tokens");
+}
 
 TORCH_LIBRARY_IMPL(fastgfn, CPU, m) {
   m.impl("decode_update_", &decode_update);

@@ -29,11 +29,8 @@ void check_values(const char* function, const Tensor& values) {
   FASTGFN_CHECK_DIM(values, 1, function, "flatten it");
 }
 
-void check_tree(const char* function, const Tensor& values, const Tensor& parent) {
-  check_values(function, values);
-  FASTGFN_CHECK_DTYPE(parent, at::kInt, function, "pass TokenTree.parent");
-  FASTGFN_CHECK(parent.sizes() == values.sizes(), function, "parent", values.sizes(), parent.sizes(),
-                "give one parent per value");
+// The nodes of a depth-first order.
+void check_parents(const char* function, const Tensor& parent) {
   const auto p = parent.accessor<int32_t, 1>();
   for (int64_t i = 0; i < p.size(0); ++i) {
     FASTGFN_CHECK(p[i] >= -1 && p[i] < i, function, "parent", "-1 or an earlier node",
@@ -42,7 +39,8 @@ void check_tree(const char* function, const Tensor& values, const Tensor& parent
 }
 
 Tensor tree_cumsum(const Tensor& values, const Tensor& parent) {
-  check_tree("tree_cumsum", values, parent);
+  check_tree_scan("tree_cumsum", values, parent);
+  check_parents("tree_cumsum", parent);
   Tensor out = at::empty(values.sizes(), values.options());
   FASTGFN_DISPATCH_SCAN(values.scalar_type(), "tree_cumsum", [&] {
     const auto v = values.accessor<scalar_t, 1>();
@@ -58,7 +56,8 @@ Tensor tree_cumsum(const Tensor& values, const Tensor& parent) {
 }
 
 Tensor subtree_sum(const Tensor& values, const Tensor& parent) {
-  check_tree("subtree_sum", values, parent);
+  check_tree_scan("subtree_sum", values, parent);
+  check_parents("subtree_sum", parent);
   Tensor out = at::empty(values.sizes(), values.options());
   FASTGFN_DISPATCH_SCAN(values.scalar_type(), "subtree_sum", [&] {
     const auto v = values.accessor<scalar_t, 1>();
@@ -75,9 +74,7 @@ Tensor subtree_sum(const Tensor& values, const Tensor& parent) {
 }
 
 Tensor segment_cumsum(const Tensor& values, const Tensor& offsets, bool reverse) {
-  check_values("segment_cumsum", values);
-  FASTGFN_CHECK_DTYPE(offsets, at::kLong, "segment_cumsum", "cast it to int64");
-  FASTGFN_CHECK_DIM(offsets, 1, "segment_cumsum", "flatten it");
+  check_segment_scan(values, offsets);
   const auto o = offsets.accessor<int64_t, 1>();
   const int64_t num_rows = o.size(0) - 1;
   bool ok = num_rows >= 0 && o[0] == 0 && o[num_rows] == values.size(0);
@@ -103,6 +100,19 @@ Tensor segment_cumsum(const Tensor& values, const Tensor& offsets, bool reverse)
 }
 
 }  // namespace
+
+void check_tree_scan(const char* function, const Tensor& values, const Tensor& parent) {
+  check_values(function, values);
+  FASTGFN_CHECK_DTYPE(parent, at::kInt, function, "pass TokenTree.parent");
+  FASTGFN_CHECK(parent.sizes() == values.sizes(), function, "parent", values.sizes(), parent.sizes(),
+                "give one parent per value");
+}
+
+void check_segment_scan(const Tensor& values, const Tensor& offsets) {
+  check_values("segment_cumsum", values);
+  FASTGFN_CHECK_DTYPE(offsets, at::kLong, "segment_cumsum", "cast it to int64");
+  FASTGFN_CHECK_DIM(offsets, 1, "segment_cumsum", "flatten it");
+}
 
 TORCH_LIBRARY_IMPL(fastgfn, CPU, m) {
   m.impl("tree_cumsum", &tree_cumsum);

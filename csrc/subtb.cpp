@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "subtb_nodes.h"
 
 namespace fastgfn {
 
@@ -88,27 +89,17 @@ std::tuple<at::Tensor, at::Tensor> subtb_padded_backward(const at::Tensor& grad_
   return {grad_log_pf, grad_log_flow};
 }
 
-struct Sums {
-  double s0 = 0, s1 = 0, s2 = 0;
-};
-
 // Contiguous copies of a forest's arrays, and where each tree begins (the last entry is the number of nodes).
 struct Forest {
   at::Tensor parent_, valid_, log_pf_, log_flow_, weight_;
-  const int64_t* parent;
-  const bool* valid;
-  const double* log_pf = nullptr;
-  const double* log_flow = nullptr;
-  const double* weight = nullptr;
-  double lambda;
+  SubtbNodes<double, int64_t> nodes{};
   std::vector<int64_t> starts;
 
   Forest(const char* function, const at::Tensor& parent_in, const at::Tensor& valid_in, double subtb_lambda)
-      : parent_(parent_in.to(at::kLong).contiguous()),
-        valid_(valid_in.contiguous()),
-        parent(parent_.const_data_ptr<int64_t>()),
-        valid(valid_.const_data_ptr<bool>()),
-        lambda(subtb_lambda) {
+      : parent_(parent_in.to(at::kLong).contiguous()), valid_(valid_in.contiguous()) {
+    const int64_t* parent = nodes.parent = parent_.const_data_ptr<int64_t>();
+    nodes.valid = valid_.const_data_ptr<bool>();
+    nodes.lambda = subtb_lambda;
     for (int64_t j = 0; j < parent_.size(0); ++j) {
       if (parent[j] < 0) starts.push_back(j);
       FASTGFN_CHECK(parent[j] < 0 || (!starts.empty() && parent[j] >= starts.back() && parent[j] < j), function,
@@ -122,12 +113,12 @@ struct Forest {
     log_pf_ = pf.to(at::kDouble).contiguous();
     log_flow_ = flow.to(at::kDouble).contiguous();
     weight_ = w.to(at::kDouble).contiguous();
-    log_pf = log_pf_.const_data_ptr<double>();
-    log_flow = log_flow_.const_data_ptr<double>();
-    weight = weight_.const_data_ptr<double>();
+    nodes.log_pf = log_pf_.const_data_ptr<double>();
+    nodes.log_flow = log_flow_.const_data_ptr<double>();
+    nodes.weight = weight_.const_data_ptr<double>();
     for (int64_t j = 0; j < size(); ++j) {
-      FASTGFN_CHECK(!valid[j] || weight[j] >= 0, function, "weight[" + std::to_string(j) + "]", ">= 0", weight[j],
-                    "pass a non-negative coefficient at every valid node");
+      FASTGFN_CHECK(!nodes.valid[j] || nodes.weight[j] >= 0, function, "weight[" + std::to_string(j) + "]",
+                    ">= 0", nodes.weight[j], "pass a non-negative coefficient at every valid node");
     }
   }
 
@@ -139,31 +130,15 @@ struct Forest {
     return static_cast<int64_t>(starts.size()) - 1;
   }
 
-  double flow_or_zero(int64_t j) const {
-    return valid[j] ? log_flow[j] : 0.0;
+  // B of a node.
+  SubtbSums before(int64_t j, const std::vector<SubtbSums>& sums) const {
+    const int64_t p = nodes.parent[j];
+    return p < 0 ? SubtbSums{} : nodes.from_parent(p, sums[p]);
   }
 
-  // Only for nodes that have a parent.
-  double step(int64_t j) const {
-    return log_pf[j] - flow_or_zero(j) + flow_or_zero(parent[j]);
-  }
-
-  // Sums over the valid states up to and including j's parent, measured from the parent.
-  Sums before(int64_t j, const std::vector<Sums>& sums) const {
-    const int64_t p = parent[j];
-    if (p < 0) return {};
-    if (!valid[p]) return sums[p];
-    return {lambda * sums[p].s0 + 1, lambda * sums[p].s1, lambda * sums[p].s2};
-  }
-
-  // Sums over the valid strict ancestors of every node of one tree, measured from the node.
-  void scan(int64_t tree, std::vector<Sums>& sums) const {
-    for (int64_t j = starts[tree]; j < starts[tree + 1]; ++j) {
-      const Sums b = before(j, sums);
-      if (b.s0 == 0) continue;  // no window reaches the node, whose step may then be anything
-      const double d = step(j);
-      sums[j] = {b.s0, b.s1 + d * b.s0, b.s2 + d * (2 * b.s1 + d * b.s0)};
-    }
+  // S of every node of one tree.
+  void scan(int64_t tree, std::vector<SubtbSums>& sums) const {
+    for (int64_t j = starts[tree]; j < starts[tree + 1]; ++j) sums[j] = nodes.at_node(j, before(j, sums));
   }
 
   template <typename F>
@@ -176,43 +151,18 @@ struct Forest {
   }
 };
 
-void check_nodes(const char* function, const at::Tensor& parent, const at::Tensor& valid, double subtb_lambda) {
-  check_lambda(function, subtb_lambda);
-  FASTGFN_CHECK_DIM(parent, 1, function, "pass one entry per node");
-  FASTGFN_CHECK(at::isIntegralType(parent.scalar_type(), false), function, "parent", "int32 or int64",
-                parent.scalar_type(), "cast it to int32");
-  FASTGFN_CHECK(valid.sizes() == parent.sizes(), function, "valid", parent.sizes(), valid.sizes(),
-                "pass one entry per node");
-  FASTGFN_CHECK_DTYPE(valid, at::kBool, function, "pass a mask");
-}
-
-void check_tree(const char* function, const at::Tensor& log_pf, const at::Tensor& log_flow,
-                const at::Tensor& parent, const at::Tensor& valid, const at::Tensor& weight,
-                double subtb_lambda) {
-  check_nodes(function, parent, valid, subtb_lambda);
-  FASTGFN_CHECK(log_pf.scalar_type() == at::kFloat || log_pf.scalar_type() == at::kDouble, function, "log_pf",
-                "float32 or float64", log_pf.scalar_type(), "cast it to float32");
-  FASTGFN_CHECK(log_flow.scalar_type() == log_pf.scalar_type(), function, "log_flow", log_pf.scalar_type(),
-                log_flow.scalar_type(), "cast it to the dtype of log_pf");
-  FASTGFN_CHECK(log_pf.sizes() == parent.sizes(), function, "log_pf", parent.sizes(), log_pf.sizes(),
-                "pass one entry per node");
-  FASTGFN_CHECK(log_flow.sizes() == parent.sizes(), function, "log_flow", parent.sizes(), log_flow.sizes(),
-                "pass one entry per node");
-  FASTGFN_CHECK(weight.sizes() == parent.sizes(), function, "weight", parent.sizes(), weight.sizes(),
-                "pass one entry per node");
-}
-
 at::Tensor subtb_tree(const at::Tensor& log_pf, const at::Tensor& log_flow, const at::Tensor& parent,
                       const at::Tensor& valid, const at::Tensor& weight, double subtb_lambda) {
-  check_tree("subtb_tree", log_pf, log_flow, parent, valid, weight, subtb_lambda);
+  check_subtb_tree("subtb_tree", log_pf, log_flow, parent, valid, weight, subtb_lambda);
   Forest forest("subtb_tree", parent, valid, subtb_lambda);
   forest.set_values("subtb_tree", log_pf, log_flow, weight);
-  std::vector<Sums> sums(forest.size());
+  std::vector<SubtbSums> sums(forest.size());
   std::vector<double> partial(forest.trees(), 0.0);
   forest.for_each_tree([&](int64_t tree) {
     forest.scan(tree, sums);
     for (int64_t j = forest.starts[tree]; j < forest.starts[tree + 1]; ++j) {
-      if (forest.valid[j] && forest.weight[j] != 0) partial[tree] += forest.weight[j] * sums[j].s2;
+      const double weight = forest.nodes.weight_or_zero(j);
+      if (weight != 0) partial[tree] += weight * sums[j].s2;
     }
   });
   double total = 0;
@@ -224,7 +174,7 @@ std::tuple<at::Tensor, at::Tensor> subtb_tree_backward(const at::Tensor& grad, c
                                                        const at::Tensor& log_flow, const at::Tensor& parent,
                                                        const at::Tensor& valid, const at::Tensor& weight,
                                                        double subtb_lambda) {
-  check_tree("subtb_tree_backward", log_pf, log_flow, parent, valid, weight, subtb_lambda);
+  check_subtb_tree("subtb_tree_backward", log_pf, log_flow, parent, valid, weight, subtb_lambda);
   FASTGFN_CHECK_DIM(grad, 0, "subtb_tree_backward", "pass the gradient of the scalar value");
   Forest forest("subtb_tree_backward", parent, valid, subtb_lambda);
   forest.set_values("subtb_tree_backward", log_pf, log_flow, weight);
@@ -233,34 +183,32 @@ std::tuple<at::Tensor, at::Tensor> subtb_tree_backward(const at::Tensor& grad, c
   at::Tensor grad_log_flow = at::zeros_like(grad_log_pf);
   double* grad_pf = grad_log_pf.mutable_data_ptr<double>();
   double* grad_flow = grad_log_flow.mutable_data_ptr<double>();
-  std::vector<Sums> sums(forest.size());
-  std::vector<double> r0(forest.size(), 0.0), r1(forest.size(), 0.0);
+  std::vector<SubtbSums> sums(forest.size());
+  std::vector<SubtbBelow> below(forest.size());
   forest.for_each_tree([&](int64_t tree) {
     forest.scan(tree, sums);
     for (int64_t j = forest.starts[tree + 1] - 1; j >= forest.starts[tree]; --j) {
-      const double lambda = forest.valid[j] ? subtb_lambda : 1.0, w = forest.valid[j] ? forest.weight[j] : 0.0;
-      if (forest.valid[j]) grad_flow[j] = twice * (r1[j] - w * sums[j].s1);
-      const Sums b = forest.before(j, sums);
-      const double e0 = w + lambda * r0[j];
-      if (b.s0 == 0 || e0 == 0) continue;  // no window crosses the edge into the node
-      const double e1 = lambda * r1[j] + forest.step(j) * e0;
-      grad_pf[j] = twice * (b.s0 * e1 + b.s1 * e0);
-      r0[forest.parent[j]] += e0;
-      r1[forest.parent[j]] += e1;
+      const SubtbSums b = forest.before(j, sums);
+      const SubtbBelow e = forest.nodes.across_edge(j, b, below[j]);
+      if (forest.nodes.valid[j]) grad_flow[j] = twice * forest.nodes.half_grad_log_flow(j, sums[j], below[j]);
+      if (e.r0 == 0) continue;
+      grad_pf[j] = twice * forest.nodes.half_grad_log_pf(b, e);
+      below[forest.nodes.parent[j]].r0 += e.r0;
+      below[forest.nodes.parent[j]].r1 += e.r1;
     }
   });
   return {grad_log_pf.to(log_pf.scalar_type()), grad_log_flow.to(log_flow.scalar_type())};
 }
 
 at::Tensor subtb_tree_pairs(const at::Tensor& parent, const at::Tensor& valid, double subtb_lambda) {
-  check_nodes("subtb_tree_pairs", parent, valid, subtb_lambda);
+  check_subtb_nodes("subtb_tree_pairs", parent, valid, subtb_lambda);
   const Forest forest("subtb_tree_pairs", parent, valid, subtb_lambda);
   at::Tensor pairs = at::zeros({forest.size()}, parent.options().dtype(at::kDouble));
   double* out = pairs.mutable_data_ptr<double>();
-  std::vector<Sums> sums(forest.size());
+  std::vector<SubtbSums> sums(forest.size());
   for (int64_t j = 0; j < forest.size(); ++j) {
     sums[j].s0 = forest.before(j, sums).s0;
-    if (forest.valid[j]) out[j] = sums[j].s0;
+    if (forest.nodes.valid[j]) out[j] = sums[j].s0;
   }
   return pairs;
 }
@@ -282,6 +230,33 @@ void check_subtb_padded(const char* function, const at::Tensor& log_pf, const at
                 lengths.sizes(), "pass one length per row");
   FASTGFN_CHECK(at::isIntegralType(lengths.scalar_type(), false), function, "lengths", "int32 or int64",
                 lengths.scalar_type(), "cast it to int64");
+}
+
+void check_subtb_nodes(const char* function, const at::Tensor& parent, const at::Tensor& valid,
+                       double subtb_lambda) {
+  check_lambda(function, subtb_lambda);
+  FASTGFN_CHECK_DIM(parent, 1, function, "pass one entry per node");
+  FASTGFN_CHECK(at::isIntegralType(parent.scalar_type(), false), function, "parent", "int32 or int64",
+                parent.scalar_type(), "cast it to int32");
+  FASTGFN_CHECK(valid.sizes() == parent.sizes(), function, "valid", parent.sizes(), valid.sizes(),
+                "pass one entry per node");
+  FASTGFN_CHECK_DTYPE(valid, at::kBool, function, "pass a mask");
+}
+
+void check_subtb_tree(const char* function, const at::Tensor& log_pf, const at::Tensor& log_flow,
+                      const at::Tensor& parent, const at::Tensor& valid, const at::Tensor& weight,
+                      double subtb_lambda) {
+  check_subtb_nodes(function, parent, valid, subtb_lambda);
+  FASTGFN_CHECK(log_pf.scalar_type() == at::kFloat || log_pf.scalar_type() == at::kDouble, function, "log_pf",
+                "float32 or float64", log_pf.scalar_type(), "cast it to float32");
+  FASTGFN_CHECK(log_flow.scalar_type() == log_pf.scalar_type(), function, "log_flow", log_pf.scalar_type(),
+                log_flow.scalar_type(), "cast it to the dtype of log_pf");
+  FASTGFN_CHECK(log_pf.sizes() == parent.sizes(), function, "log_pf", parent.sizes(), log_pf.sizes(),
+                "pass one entry per node");
+  FASTGFN_CHECK(log_flow.sizes() == parent.sizes(), function, "log_flow", parent.sizes(), log_flow.sizes(),
+                "pass one entry per node");
+  FASTGFN_CHECK(weight.sizes() == parent.sizes(), function, "weight", parent.sizes(), weight.sizes(),
+                "pass one entry per node");
 }
 
 TORCH_LIBRARY_IMPL(fastgfn, CPU, m) {

@@ -173,14 +173,7 @@ Tree build_tree(const Tensor& prompt_tokens, const Tensor& prompt_offsets, const
 }
 
 Tensor path_nodes(const Tensor& parent, const Tensor& leaf, const Tensor& num_nodes, int64_t width) {
-  FASTGFN_CHECK_DTYPE(parent, at::kInt, "path_nodes", "pass TokenTree.parent");
-  FASTGFN_CHECK_DTYPE(leaf, at::kLong, "path_nodes", "pass TokenTree.leaf");
-  FASTGFN_CHECK_DTYPE(num_nodes, at::kLong, "path_nodes", "cast it to int64");
-  FASTGFN_CHECK_DIM(parent, 1, "path_nodes", "flatten it");
-  FASTGFN_CHECK_DIM(leaf, 1, "path_nodes", "flatten it");
-  FASTGFN_CHECK(num_nodes.sizes() == leaf.sizes(), "path_nodes", "num_nodes", leaf.sizes(),
-                num_nodes.sizes(), "give one length per leaf");
-  FASTGFN_CHECK(width >= 0, "path_nodes", "width", ">= 0", width, "pass the largest of num_nodes");
+  check_path_nodes(parent, leaf, num_nodes, width);
   Tensor out = at::full({leaf.size(0), width}, -1, leaf.options());
   const auto parent_of = parent.accessor<int32_t, 1>();
   const auto leaf_of = leaf.accessor<int64_t, 1>();
@@ -203,10 +196,13 @@ Tensor path_nodes(const Tensor& parent, const Tensor& leaf, const Tensor& num_no
   return out;
 }
 
-void check_index(const char* function, const Tensor& index, int64_t num_nodes) {
+void check_index(const char* function, const Tensor& index) {
   FASTGFN_CHECK_DTYPE(index, at::kLong, function, "cast it to int64");
   FASTGFN_CHECK(index.is_contiguous(), function, "index", "contiguous", index.strides(),
                 "call .contiguous()");
+}
+
+void check_index_values(const char* function, const Tensor& index, int64_t num_nodes) {
   const int64_t* i = index.const_data_ptr<int64_t>();
   for (int64_t k = 0; k < index.numel(); ++k) {
     FASTGFN_CHECK(i[k] >= -1 && i[k] < num_nodes, function, "index",
@@ -215,8 +211,8 @@ void check_index(const char* function, const Tensor& index, int64_t num_nodes) {
 }
 
 Tensor gather_nodes(const Tensor& values, const Tensor& index) {
-  FASTGFN_CHECK_DIM(values, 1, "gather_nodes", "gather one value per node");
-  check_index("gather_nodes", index, values.size(0));
+  check_gather_nodes(values, index);
+  check_index_values("gather_nodes", index, values.size(0));
   Tensor out = at::empty(index.sizes(), values.options());
   AT_DISPATCH_ALL_TYPES_AND(at::kBool, values.scalar_type(), "gather_nodes", [&] {
     const auto source = values.accessor<scalar_t, 1>();
@@ -231,9 +227,8 @@ Tensor gather_nodes(const Tensor& values, const Tensor& index) {
 
 // One thread in index order: the sum of a node never depends on the number of threads.
 Tensor scatter_add_nodes(const Tensor& grad, const Tensor& index, int64_t num_nodes) {
-  FASTGFN_CHECK(grad.sizes() == index.sizes(), "scatter_add_nodes", "grad", index.sizes(), grad.sizes(),
-                "give one value per index");
-  check_index("scatter_add_nodes", index, num_nodes);
+  check_scatter_add_nodes(grad, index);
+  check_index_values("scatter_add_nodes", index, num_nodes);
   const Tensor values = grad.contiguous();
   Tensor out = at::empty({num_nodes}, grad.options());
   AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "scatter_add_nodes", [&] {
@@ -250,6 +245,28 @@ Tensor scatter_add_nodes(const Tensor& grad, const Tensor& index, int64_t num_no
 }
 
 }  // namespace
+
+void check_path_nodes(const Tensor& parent, const Tensor& leaf, const Tensor& num_nodes, int64_t width) {
+  FASTGFN_CHECK_DTYPE(parent, at::kInt, "path_nodes", "pass TokenTree.parent");
+  FASTGFN_CHECK_DTYPE(leaf, at::kLong, "path_nodes", "pass TokenTree.leaf");
+  FASTGFN_CHECK_DTYPE(num_nodes, at::kLong, "path_nodes", "cast it to int64");
+  FASTGFN_CHECK_DIM(parent, 1, "path_nodes", "flatten it");
+  FASTGFN_CHECK_DIM(leaf, 1, "path_nodes", "flatten it");
+  FASTGFN_CHECK(num_nodes.sizes() == leaf.sizes(), "path_nodes", "num_nodes", leaf.sizes(),
+                num_nodes.sizes(), "give one length per leaf");
+  FASTGFN_CHECK(width >= 0, "path_nodes", "width", ">= 0", width, "pass the largest of num_nodes");
+}
+
+void check_gather_nodes(const Tensor& values, const Tensor& index) {
+  FASTGFN_CHECK_DIM(values, 1, "gather_nodes", "gather one value per node");
+  check_index("gather_nodes", index);
+}
+
+void check_scatter_add_nodes(const Tensor& grad, const Tensor& index) {
+  FASTGFN_CHECK(grad.sizes() == index.sizes(), "scatter_add_nodes", "grad", index.sizes(), grad.sizes(),
+                "give one value per index");
+  check_index("scatter_add_nodes", index);
+}
 
 TORCH_LIBRARY_IMPL(fastgfn, CPU, m) {
   m.impl("build_tree", &build_tree);

@@ -1,17 +1,15 @@
 // Padded sub-trajectory balance on CUDA: one thread per trajectory, no scratch, no atomics, no host synchronisation.
 // A length outside [0, width] cannot be refused without a synchronisation; its row becomes NaN instead.
-#include <cuda_runtime.h>
 #include <math_constants.h>
 
 #include "../subtb.h"
+#include "launch.h"
 
 namespace {
 
 constexpr int kThreads = 64;  // small blocks spread a batch of a few hundred rows over the multiprocessors
 
-unsigned int blocks_for(int64_t num_rows) {
-  return static_cast<unsigned int>((num_rows + kThreads - 1) / kThreads);
-}
+int64_t blocks_for(int64_t num_rows) { return (num_rows + kThreads - 1) / kThreads; }
 
 // One thread sums one row; grid of ceil(num_rows / kThreads) blocks; writes numerator and denominator.
 template <typename scalar_t>
@@ -58,23 +56,20 @@ __global__ void subtb_padded_bwd_kernel(fastgfn::SubtbRows<scalar_t> rows, int64
       const scalar_t* log_pf, int64_t pf_stride_n, int64_t pf_stride_t, const scalar_t* log_flow,              \
       int64_t flow_stride_n, int64_t flow_stride_t, const int64_t* lengths, int64_t num_rows, int64_t width,   \
       double lambda, scalar_t* numerator, scalar_t* denominator, cudaStream_t stream) {                        \
-    if (num_rows == 0) return;                                                                                 \
     const fastgfn::SubtbRows<scalar_t> rows{log_pf,        pf_stride_n,   pf_stride_t, log_flow,               \
                                             flow_stride_n, flow_stride_t, lengths,     lambda};                \
-    subtb_padded_fwd_kernel<<<blocks_for(num_rows), kThreads, 0, stream>>>(rows, num_rows, width, numerator,   \
-                                                                           denominator);                       \
+    fastgfn::launch(subtb_padded_fwd_kernel<scalar_t>, blocks_for(num_rows), kThreads, stream, rows, num_rows, \
+                    width, numerator, denominator);                                                            \
   }                                                                                                            \
   extern "C" void fastgfn_subtb_padded_bwd_##suffix(                                                           \
       const scalar_t* log_pf, int64_t pf_stride_n, int64_t pf_stride_t, const scalar_t* log_flow,              \
       int64_t flow_stride_n, int64_t flow_stride_t, const int64_t* lengths, int64_t num_rows, int64_t width,   \
       double lambda, const double* grad_numerator, scalar_t* grad_log_pf, scalar_t* grad_log_flow,             \
       cudaStream_t stream) {                                                                                   \
-    if (num_rows == 0) return;                                                                                 \
     const fastgfn::SubtbRows<scalar_t> rows{log_pf,        pf_stride_n,   pf_stride_t, log_flow,               \
                                             flow_stride_n, flow_stride_t, lengths,     lambda};                \
-    subtb_padded_bwd_kernel<<<blocks_for(num_rows), kThreads, 0, stream>>>(rows, num_rows, width,              \
-                                                                           grad_numerator, grad_log_pf,        \
-                                                                           grad_log_flow);                     \
+    fastgfn::launch(subtb_padded_bwd_kernel<scalar_t>, blocks_for(num_rows), kThreads, stream, rows, num_rows, \
+                    width, grad_numerator, grad_log_pf, grad_log_flow);                                        \
   }
 
 FASTGFN_SUBTB_LAUNCHERS(f32, float)

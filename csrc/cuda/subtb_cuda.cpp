@@ -29,10 +29,8 @@ namespace {
 
 void check_devices(const char* function, const at::Tensor& log_pf, const at::Tensor& log_flow,
                    const at::Tensor& lengths) {
-  FASTGFN_CHECK(log_flow.device() == log_pf.device(), function, "log_flow", log_pf.device(), log_flow.device(),
-                "move every argument to one device");
-  FASTGFN_CHECK(lengths.device() == log_pf.device(), function, "lengths", log_pf.device(), lengths.device(),
-                "move every argument to one device");
+  FASTGFN_CHECK_DEVICE(log_flow, log_pf.device(), function);
+  FASTGFN_CHECK_DEVICE(lengths, log_pf.device(), function);
 }
 
 template <typename scalar_t, typename Launcher>
@@ -84,8 +82,7 @@ std::tuple<at::Tensor, at::Tensor> subtb_padded_backward(const at::Tensor& grad_
   check_devices("subtb_padded_backward", log_pf, log_flow, lengths);
   FASTGFN_CHECK(grad_numerator.sizes() == lengths.sizes(), "subtb_padded_backward", "grad_numerator",
                 lengths.sizes(), grad_numerator.sizes(), "pass one gradient per row");
-  FASTGFN_CHECK(grad_numerator.device() == log_pf.device(), "subtb_padded_backward", "grad_numerator",
-                log_pf.device(), grad_numerator.device(), "move every argument to one device");
+  FASTGFN_CHECK_DEVICE(grad_numerator, log_pf.device(), "subtb_padded_backward");
   const c10::cuda::CUDAGuard guard(log_pf.device());
   const at::Tensor counts = lengths.to(at::kLong).contiguous();
   const at::Tensor grad = grad_numerator.to(at::kDouble).contiguous();

@@ -8,15 +8,18 @@ import torch
 from fastgfn.ops.linear import HAS_ONEDNN
 
 _PACKAGES = ("fastgfn", "torch", "triton", "transformers", "peft", "safetensors", "numpy")
-_CSRC = (
-    "build_tree",
-    "tree_cumsum",
-    "segment_cumsum",
-    "gather_nodes",
-    "subtb",
-    "decode_update",
-    "sample_next",
-)
+# The name of an op here -> the dispatcher op that tells whether its CUDA kernel was compiled.
+_CSRC = {
+    "tree_cumsum": "tree_cumsum",
+    "subtree_sum": "subtree_sum",
+    "segment_cumsum": "segment_cumsum",
+    "path_nodes": "path_nodes",
+    "gather_nodes": "gather_nodes",
+    "scatter_add_nodes": "scatter_add_nodes",
+    "subtb": "subtb_tree",
+    "subtb_padded": "subtb_padded",
+    "decode_update": "decode_update_",
+}
 
 
 def versions() -> dict[str, str]:
@@ -37,7 +40,6 @@ def backend_info() -> dict:
     """
     cuda = torch.cuda.is_available()
     absent = "" if cuda else " (no CUDA device here)"
-    compiled = _has_cuda_kernel("subtb_padded")
     gemm = "oneDNN for float32, else torch" if HAS_ONEDNN else "torch (built without oneDNN)"
     ops = {
         "linear": {"cpu": gemm, "cuda": f"torch{absent}"},
@@ -47,12 +49,11 @@ def backend_info() -> dict:
         "tree_attention": {"cpu": "SDPA, dense mask", "cuda": f"FlexAttention{absent}"},
         "decode_attention": {"cpu": "torch matmul", "cuda": f"torch matmul{absent}"},
     }
-    for name in _CSRC:
-        ops[name] = {"cpu": "csrc C++", "cuda": "none yet: CPU only"}
-    ops["subtb_padded"] = {
-        "cpu": "csrc C++",
-        "cuda": "csrc CUDA" if compiled else "not built (no CUDA toolkit)",
-    }
+    for name, op in _CSRC.items():
+        compiled = "csrc CUDA" if _has_cuda_kernel(op) else "not built (no CUDA toolkit)"
+        ops[name] = {"cpu": "csrc C++", "cuda": compiled}
+    ops["build_tree"] = {"cpu": "csrc C++", "cuda": "csrc C++ on the host"}
+    ops["sample_next"] = {"cpu": "csrc C++", "cuda": "none yet: CPU only"}
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     return {"versions": versions(), "device": device, "ops": ops}
 

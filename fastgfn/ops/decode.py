@@ -1,4 +1,4 @@
-"""Decode-state bookkeeping: the op `fastgfn::decode_update_` (CPU, csrc/decode.cpp) and its fake."""
+"""Decode-state bookkeeping: the op `fastgfn::decode_update_` (csrc/decode.cpp, csrc/cuda/decode.cu)."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,12 @@ def decode_update_(
     termination_token_id: int,
     max_length: int,
 ) -> None:
-    """Append drawn[a] to row rows[a], or finish the row if it stops or is then max_length long."""
+    """Append drawn[a] to row rows[a], or finish the row if it stops or is then max_length long.
+
+    The CPU refuses finished, full, repeated and unknown rows before it writes. CUDA cannot look without a
+    synchronisation: it leaves finished, full and unknown rows as they are, so that a graph may pass every row
+    in every step; repeated rows are undefined there.
+    """
     torch.ops.fastgfn.decode_update_(tokens, lengths, finished, drawn, rows, termination_token_id, max_length)
 
 

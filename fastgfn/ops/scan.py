@@ -1,5 +1,9 @@
-"""Running sums: ops `fastgfn::tree_cumsum`, `subtree_sum` and `segment_cumsum` (CPU, csrc/scan.cpp), their
-fakes and gradients. float32, float64 or int64; float32 accumulates in double."""
+"""Running sums: ops `fastgfn::tree_cumsum`, `subtree_sum` and `segment_cumsum` (csrc/scan.cpp and
+csrc/cuda/scan.cu), their fakes and gradients. float32, float64 or int64; float32 accumulates in double.
+
+On CUDA nothing synchronises, so only dtypes and shapes are refused: parents must be depth-first and offsets
+non-decreasing from 0 to the number of values, else the result is undefined (no access leaves the arrays).
+"""
 
 import torch
 from torch import Tensor

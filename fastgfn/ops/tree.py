@@ -1,5 +1,10 @@
-"""Tree building and node gathers: the dispatcher ops `fastgfn::build_tree`, `path_nodes`, `gather_nodes`,
-`scatter_add_nodes` (CPU, csrc/tree.cpp) and their fakes and gradients."""
+"""Tree building and node gathers: the dispatcher ops `fastgfn::build_tree` (on the host, csrc/tree.cpp),
+`path_nodes`, `gather_nodes`, `scatter_add_nodes` (also csrc/cuda/tree.cu) and their fakes and gradients.
+
+On CUDA the latter three never synchronise, so only dtypes and shapes are refused. Out of range, a gather
+gives nan (0 where the dtype has none), a scatter drops the entry, and a path longer than its leaf is deep is
+filled up with -1.
+"""
 
 from collections.abc import Sequence
 
