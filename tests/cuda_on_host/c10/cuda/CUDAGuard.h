@@ -1,0 +1,11 @@
+#pragma once
+
+#include <c10/core/Device.h>
+
+namespace c10::cuda {
+
+struct CUDAGuard {
+  explicit CUDAGuard(c10::Device device) { static_cast<void>(device); }
+};
+
+}  // namespace c10::cuda
