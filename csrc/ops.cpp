@@ -27,6 +27,10 @@ TORCH_LIBRARY(fastgfn, m) {
       "Tensor log_pterm, Tensor log_behavior)");
   m.def("philox4x32(Tensor counter, int seed) -> Tensor");
   m.def(
+      "head_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? logit_bias, Tensor rows, "
+      "Tensor columns, float scale, float softcap, bool want_grad) -> (Tensor logits, Tensor slope, Tensor peak, "
+      "Tensor total, Tensor row_grad)");
+  m.def(
       "subtb_padded(Tensor log_pf, Tensor log_flow, Tensor lengths, float subtb_lambda) -> (Tensor numerator, "
       "Tensor denominator)");
   m.def(

@@ -10,6 +10,15 @@ from fastgfn.ops import linear_log_probs as op
 from fastgfn.reference import linear_log_probs as plain
 from fastgfn.testing import assert_close_to_truth, relative_error
 
+
+@pytest.fixture(autouse=True, params=["csrc", "torch"])
+def provider(request, monkeypatch):
+    """Every test holds for the C++ pass, where it applies (even D, AVX-512), and for the torch tiles."""
+    if request.param == "torch":
+        monkeypatch.setattr(op, "uses_csrc", lambda hidden, weight: False)
+    return request.param
+
+
 EVERYTHING = {"logit_scale": 0.7, "final_logit_softcap": 4.0, "temperature": 1.3}
 
 
@@ -71,7 +80,7 @@ def compare(inputs, dtype=torch.float32, trainable=False):
 CASES = {
     "plain": (dict(num_rows=5, vocab=33, width=7, num_targets=9), {}),
     "two_tokens": (dict(num_rows=3, vocab=2, width=4, num_targets=6), {}),
-    "vocab_257": (dict(num_rows=6, vocab=257, width=8, num_targets=4), {}),
+    "vocab_257": (dict(num_rows=33, vocab=257, width=8, num_targets=40), {}),
     "vocab_1333": (dict(num_rows=6, vocab=1333, width=8, num_targets=40), {}),
     "vocab_50257": (dict(num_rows=3, vocab=50257, width=3, num_targets=5), {}),
     "width_1": (dict(num_rows=4, vocab=70, width=1, num_targets=4), {}),
@@ -81,6 +90,10 @@ CASES = {
     "mask_50": (dict(num_rows=4, vocab=40, width=5, num_targets=7, mask=-50.0), {}),
     "mask_99": (dict(num_rows=4, vocab=540, width=5, num_targets=7, mask=-99.0), {}),
     "everything": (dict(num_rows=9, vocab=1333, width=5, num_targets=20, bias=True, mask=-3.0), EVERYTHING),
+    "everything_even": (
+        dict(num_rows=70, vocab=1333, width=6, num_targets=90, bias=True, mask=-3.0),
+        EVERYTHING,
+    ),
     "one_row_20_targets": (dict(num_rows=1, vocab=30, width=5, num_targets=20), {}),
 }
 

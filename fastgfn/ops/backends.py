@@ -41,10 +41,14 @@ def backend_info() -> dict:
     cuda = torch.cuda.is_available()
     absent = "" if cuda else " (no CUDA device here)"
     gemm = "oneDNN for float32, else torch" if HAS_ONEDNN else "torch (built without oneDNN)"
+    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     ops = {
         "linear": {"cpu": gemm, "cuda": f"torch{absent}"},
         "lora_linear": {"cpu": gemm, "cuda": f"torch{absent}"},
-        "linear_log_probs": {"cpu": f"{gemm}, vocabulary tiles", "cuda": f"torch, vocabulary tiles{absent}"},
+        "linear_log_probs": {
+            "cpu": f"{gemm}, vocabulary tiles" + ("; csrc C++ for bfloat16" if avx512 else ""),
+            "cuda": f"torch, vocabulary tiles{absent}",
+        },
         "log_probs_from_logits": {"cpu": "torch", "cuda": f"triton{absent}"},
         "tree_attention": {"cpu": "SDPA, dense mask", "cuda": f"FlexAttention{absent}"},
         "decode_attention": {"cpu": "torch matmul", "cuda": f"torch matmul{absent}"},
