@@ -1,4 +1,4 @@
-"""Shared by tests and benches: the tolerance rule, the three-way assert, random packed inputs.
+"""Shared by tests and benches: the tolerance rule, the three-way assert, random packed inputs and trees.
 
 The rule: the fused op's error against the float64 truth may be at most twice the error of the naive
 computation in the same dtype, plus a floor. It is never looser anywhere.
@@ -69,3 +69,20 @@ def random_sequences(
             sequences.append(draw(vocab, (length,)).tolist())
             groups.append(g)
     return prompts, sequences, groups
+
+
+def random_depths(size: int, *, deeper: float = 0.85, seed: int = 0) -> list[int]:
+    """Depths in preorder of a random forest; a node is a child of the one before with chance `deeper`."""
+    generator, depths = torch.Generator().manual_seed(seed), []
+    for _ in range(size):
+        last = depths[-1] + 1 if depths else 0
+        goes_down = float(torch.rand((), generator=generator)) < deeper
+        depths.append(last if goes_down else int(torch.randint(last + 1, (), generator=generator)))
+    return depths
+
+
+def forest(depths: list[int]) -> tuple[Tensor, Tensor]:
+    """end (T,) int32 and position (T,) int64 of the forest with these depths in preorder."""
+    size = len(depths)
+    end = [next((i for i in range(j + 1, size) if depths[i] <= depths[j]), size) for j in range(size)]
+    return torch.tensor(end, dtype=torch.int32), torch.tensor(depths, dtype=torch.int64)

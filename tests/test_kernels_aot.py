@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles to a cubin for sm_80, sm_90 and sm_100, without a GPU and without spills.
+"""Every Triton kernel compiles to a cubin for sm_80, sm_90 and sm_100, without a GPU and without spills,
+and those that multiply matrices use the tensor cores.
 
 The compilation runs in one process of its own (this file as a script), because it fails in the interpreter.
 """
@@ -11,8 +12,12 @@ import re
 import subprocess
 import sys
 
+from fastgfn.kernels import tree_attention
+
 CAPABILITIES = (80, 90, 100)
-MAX_SHARED_BYTES = 99 * 1024
+MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+LAUNCH = ("num_warps", "num_stages")
 
 ALL_ON = {"HAS_STOP": True, "HAS_SOFTCAP": True, "HAS_BIAS": True, "BLOCK": 4096, "stride_v": 1}
 ALL_OFF = {"HAS_STOP": False, "HAS_SOFTCAP": False, "HAS_BIAS": False, "BLOCK": 4096, "stride_v": 1}
@@ -21,10 +26,46 @@ LOGITS = {"logits_ptr": "*bf16", "grad_logits_ptr": "*bf16", "targets_ptr": "*i6
     ("pre_scale", "post_scale", "bias_scale", "factor"), "fp32"
 )
 
+
+def _attention(dtype, configurations):
+    """Argument types (rows of 16 bytes and more are aligned) and constants of the tree attention kernels."""
+    tensors = ("query", "key", "value", "out", "grad", "grad_out", "grad_query", "grad_key", "grad_value")
+    kinds = {f"{name}_ptr": f"*{dtype}:16" for name in tensors}
+    kinds |= dict.fromkeys(("lse_ptr", "delta_ptr", "grad_lse_ptr"), "*fp32:16")
+    kinds |= dict.fromkeys(("end_ptr", "position_ptr", "plan_ptr"), "*i32:16")
+    kinds |= {f"stride_{name}_{letter}": "i32:16" for name in tensors for letter in "ht"}
+    kinds |= dict.fromkeys(("scale", "pre_scale", "post_scale"), "fp32")
+    # the flags are all on at one width and all off at the others
+    variants = {
+        kernel: tuple(
+            {
+                "HEAD_DIM": width,
+                "BLOCK_D": width,
+                "BLOCK_Q": table[i].queries,
+                "BLOCK_K": table[i].keys,
+                "HAS_SOFTCAP": width == 64,
+                "HAS_WINDOW": width == 64,
+                "num_warps": table[i].num_warps,
+                "num_stages": table[i].num_stages,
+            }
+            for width, table in configurations.items()
+        )
+        for i, kernel in enumerate(("fwd", "grad_kv", "grad_q"))
+    }
+    return kinds, variants
+
+
+HALF_KINDS, HALF = _attention("bf16", tree_attention.HALF)
+DELTA = tuple({"HEAD_DIM": d, "BLOCK_D": d, "BLOCK": 64} for d in (64, 256))
+
 # Module and kernel -> argument types (default: *fp32 for pointers, i32), variants of its constants, warps.
 KERNELS = {
     "log_probs._log_probs_fwd_kernel": (LOGITS, (ALL_ON | TILES, ALL_OFF | TILES), 8),
     "log_probs._log_probs_bwd_kernel": (LOGITS, (ALL_ON, ALL_OFF), 8),
+    "tree_attention._tree_attention_fwd_kernel": (HALF_KINDS, HALF["fwd"], None),
+    "tree_attention_backward._tree_attention_delta_kernel": (HALF_KINDS, DELTA, 4),
+    "tree_attention_backward._tree_attention_grad_kv_kernel": (HALF_KINDS, HALF["grad_kv"], None),
+    "tree_attention_backward._tree_attention_grad_q_kernel": (HALF_KINDS, HALF["grad_q"], None),
 }
 
 
@@ -46,17 +87,23 @@ def compile_all(folder):
     rows = []
     for name, kernel in find_kernels().items():
         types, variants, num_warps = KERNELS[name]
-        for constants in variants:
-            signature = {
+        for variant in variants:
+            options = {"num_warps": num_warps} | {n: v for n, v in variant.items() if n in LAUNCH}
+            constants = {n: v for n, v in variant.items() if n not in LAUNCH}
+            kinds = {
                 p.name: "constexpr"
                 if p.name in constants
                 else types.get(p.name, "*fp32" if p.name.endswith("_ptr") else "i32")
                 for p in kernel.params
             }
-            source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+            signature = {n: kind.removesuffix(":16") for n, kind in kinds.items()}
+            attrs = {
+                (i,): [["tt.divisibility", 16]] for i, k in enumerate(kinds.values()) if k.endswith(":16")
+            }
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
             for capability in CAPABILITIES:
                 target = GPUTarget("cuda", capability, 32)
-                compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+                compiled = triton.compile(source, target=target, options=options)
                 path = os.path.join(folder, "kernel.cubin")
                 with open(path, "wb") as file:
                     file.write(compiled.asm["cubin"])
@@ -64,7 +111,10 @@ def compile_all(folder):
                 usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 row = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
                 shared, num_bytes = compiled.metadata.shared, len(compiled.asm["cubin"])
-                rows.append(row | {"name": name, "sm": capability, "shared": shared, "bytes": num_bytes})
+                row |= {"name": name, "sm": capability, "shared": shared, "bytes": num_bytes}
+                row["has_dot"] = "tt.dot" in compiled.asm["ttir"]
+                row["tensor_cores"] = TENSOR_CORES[capability] in compiled.asm["ptx"]
+                rows.append(row | {"variant": variant})
     return rows
 
 
@@ -81,7 +131,8 @@ def test_kernels_compile_without_spills(tmp_path):
     rows = json.loads(done.stdout)
     assert len(rows) == len(CAPABILITIES) * sum(len(variants) for _, variants, _ in KERNELS.values())
     for row in rows:
-        assert row["bytes"] > 0 and row["shared"] <= MAX_SHARED_BYTES, row
+        assert row["bytes"] > 0 and row["shared"] <= MAX_SHARED_BYTES[row["sm"]], row
+        assert row["tensor_cores"] == row["has_dot"], row
         assert row["STACK"] == 0 and row["LOCAL"] == 0, f"register spill: {row}"
 
 

@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgfn import checks
+from fastgfn.ops.tree_attention import flash_attention, triton_attention
+
 MASK_BYTES = 64 * 2**20
+PROVIDERS = ("triton", "sdpa", "flex", "flash_attn")
 
 
 class TreeMask:
@@ -57,6 +61,64 @@ class TreeMask:
             self._cache[window] = create_block_mask(visible, None, None, size, size, device=end.device)
         return self._cache[window]
 
+    def nodes(self) -> tuple[Tensor, Tensor]:
+        """end and position, (T,) int32."""
+        if "nodes" not in self._cache:
+            self._cache["nodes"] = (self.end.int(), self.position.int())
+        return self._cache["nodes"]
+
+    def bounds(self, block: int) -> Tensor:
+        """(4, blocks) int32: least and greatest end, least and greatest position of every block of nodes."""
+        key = ("bounds", block)
+        if key not in self._cache:
+            nodes, high = torch.stack(self.nodes()), torch.iinfo(torch.int32).max
+            short = -nodes.shape[1] % block
+            least = F.pad(nodes, (0, short), value=high).view(2, -1, block).amin(2)
+            greatest = F.pad(nodes, (0, short), value=-high).view(2, -1, block).amax(2)
+            self._cache[key] = torch.stack([least, greatest], dim=1).flatten(0, 1)
+        return self._cache[key]
+
+    def plan(self, queries: int, keys: int, window: int | None, by_key: bool = False) -> Tensor:
+        """The blocks of `keys` nodes that each block of `queries` rows meets, or by key block the reverse.
+
+        (blocks, 2 + other blocks) int32. A row holds the number of blocks seen in full, the number of blocks
+        seen, and all indices: the full ones, then the partial ones, then those never read. No visible pair is
+        left out. The shapes are fixed by T, and nothing synchronises with the host.
+        """
+        key = ("plan", queries, keys, window, by_key)
+        if key not in self._cache:
+            size, device = self.end.shape[0], self.end.device
+            least_end, greatest_end, least_key, greatest_key = self.bounds(keys)
+            least_query, greatest_query = self.bounds(queries)[2:, :, None]
+            start = torch.arange(0, size, queries, dtype=torch.int32, device=device)[:, None]
+            last = (start + (queries - 1)).clamp_(max=size - 1)
+            first_key = torch.arange(0, size, keys, dtype=torch.int32, device=device)
+            seen = (first_key <= last) & (greatest_end > start)
+            # a block that runs past the last node is never full: first_key + keys > start
+            full = (first_key + (keys - 1) <= start) & (least_end > last)
+            if window is not None:
+                seen &= least_query - greatest_key < window
+                full &= greatest_query - least_key < window
+            rank = 2 - seen.to(torch.uint8) - (seen & full).to(torch.uint8)
+            rank = rank.T if by_key else rank
+            counts = [(rank == 0).sum(1, keepdim=True), (rank < 2).sum(1, keepdim=True)]
+            self._cache[key] = torch.cat([*counts, rank.argsort(dim=1, stable=True)], dim=1).int()
+        return self._cache[key]
+
+    def chains(self) -> tuple[Tensor, int] | None:
+        """(starts of the chains and T (n + 1,) int32, longest), or None where a node branches.
+
+        Synchronises with the host.
+        """
+        if "chains" not in self._cache:
+            end, _ = self.nodes()
+            after = torch.arange(1, end.shape[0] + 1, dtype=torch.int32, device=end.device)
+            stops = F.pad(after[after >= end], (1, 0))
+            straight = bool((end == stops[torch.searchsorted(stops, after)]).all())
+            longest = int(stops.diff().max()) if end.shape[0] else 0
+            self._cache["chains"] = (stops, longest) if straight else None
+        return self._cache["chains"]
+
 
 def tree_attention(
     query: Tensor,  # (H, T, d)
@@ -67,14 +129,32 @@ def tree_attention(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    provider: str | None = None,
 ) -> Tensor:
     """(H, T, d) softmax(scale * q k^T, soft-capped, masked) v on one packed token tree.
 
-    Equal to `reference.attention.tree_attention`. On CPU: SDPA with a dense additive mask, in row blocks so
-    that no mask exceeds 64 MB; on CUDA: FlexAttention. Differentiable in query, key and value.
+    Equal to `reference.attention.tree_attention`. Differentiable in query, key and value.
+
+    Args:
+        provider: None is "triton" on CUDA and "sdpa" on CPU. "triton" is kernels/tree_attention.py; "sdpa" a
+            dense additive mask, in row blocks so that no mask exceeds 64 MB; "flex" FlexAttention;
+            "flash_attn" that package, for chains only.
+
+    Raises:
+        InputError, InputTypeError: the provider does not exist, or cannot run these tensors or this tree.
+        MissingPackageError: "flash_attn" without the package.
     """
-    if query.is_cuda:
+    if provider == "triton" or (provider is None and query.is_cuda):
+        return triton_attention(query, key, value, mask, scale, softcap, window)
+    if provider == "flex":
         return _flex_attention(query, key, value, mask, scale, softcap, window)
+    if provider == "flash_attn":
+        return flash_attention(query, key, value, mask, scale, softcap, window)
+    if provider is not None and provider != "sdpa":
+        known = ", ".join(repr(p) for p in PROVIDERS)
+        checks.fail(
+            "tree_attention", "provider", f"None or one of {known}", repr(provider), "use one of them"
+        )
     size = query.shape[1]
     step = max(1, min(size, MASK_BYTES // (max(1, size) * query.element_size())))
     blocks = []

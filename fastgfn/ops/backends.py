@@ -50,7 +50,7 @@ def backend_info() -> dict:
             "cuda": f"torch, vocabulary tiles{absent}",
         },
         "log_probs_from_logits": {"cpu": "torch", "cuda": f"triton{absent}"},
-        "tree_attention": {"cpu": "SDPA, dense mask", "cuda": f"FlexAttention{absent}"},
+        "tree_attention": {"cpu": "SDPA, dense mask", "cuda": f"triton{absent}"},
         "decode_attention": {"cpu": "torch matmul", "cuda": f"torch matmul{absent}"},
     }
     for name, op in _CSRC.items():
