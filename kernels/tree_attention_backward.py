@@ -12,19 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgfn.kernels.tree_attention import (
+    BLOCK_ROWS,
     LOG2E,
     cap,
     constants,
     dot,
-    finite,
+    find_faults,
     narrow,
     scales,
     sees,
     table,
     tile,
 )
-
-BLOCK_ROWS = 64
 
 
 # One program reduces one block of rows of one head. Grid (blocks of rows, H).
@@ -46,15 +45,15 @@ def _tree_attention_delta_kernel(
 ):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     head = tl.program_id(1).to(tl.int64)
-    left = (size - first).to(tl.int32)
+    rows = tl.arange(0, BLOCK)
+    inside = first + rows < size
     out_ptr += head * stride_out_h + first * stride_out_t
     grad_out_ptr += head * stride_grad_h + first * stride_grad_t
-    out = tile(out_ptr, stride_out_t, left, BLOCK, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    grad_out = tile(grad_out_ptr, stride_grad_t, left, BLOCK, HEAD_DIM, BLOCK_D, True).to(tl.float32)
-    rows = tl.arange(0, BLOCK)
+    out = tile(out_ptr, stride_out_t, inside, BLOCK, HEAD_DIM, BLOCK_D).to(tl.float32)
+    grad_out = tile(grad_out_ptr, stride_grad_t, inside, BLOCK, HEAD_DIM, BLOCK_D).to(tl.float32)
     at = head * size + first + rows
-    grad_lse = tl.load(grad_lse_ptr + at, mask=rows < left, other=0.0)
-    tl.store(delta_ptr + at, tl.sum(out * grad_out, axis=1) - grad_lse, mask=rows < left)
+    grad_lse = tl.load(grad_lse_ptr + at, mask=inside, other=0.0)
+    tl.store(delta_ptr + at, tl.sum(out * grad_out, axis=1) - grad_lse, mask=inside)
 
 
 @triton.jit
@@ -83,10 +82,6 @@ def _gather(
     dp = dot(v, tl.trans(grad_out), zeros)
     z = dot(k, tl.trans(q), zeros)
     p, ds = _weights(z, lse[None], dp, delta[None], visible, pre_scale, post_scale, HAS_SOFTCAP, IS_FULL)
-    if not IS_FULL:
-        # a fault of grad_out, which `finite` hides, is still in dp
-        p += tl.where(visible, dp * 0.0, 0.0)
-        q, grad_out = finite(q), finite(grad_out)
     grad_v = dot(narrow(p, grad_out.dtype), grad_out, grad_v)
     grad_k = dot(narrow(ds, q.dtype), q, grad_k)
     return grad_k, grad_v
@@ -135,7 +130,6 @@ def _tree_attention_grad_kv_kernel(
     block = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     first = block * BLOCK_K
-    left = (size - first).to(tl.int32)
     j = first.to(tl.int32) + tl.arange(0, BLOCK_K)
     key_ptr += kv_head * stride_key_h + first * stride_key_t
     value_ptr += kv_head * stride_value_h + first * stride_value_t
@@ -143,8 +137,8 @@ def _tree_attention_grad_kv_kernel(
     num_full = tl.load(plan_ptr)
     num_partial = tl.load(plan_ptr + 1) - num_full
 
-    k = tile(key_ptr, stride_key_t, left, BLOCK_K, HEAD_DIM, BLOCK_D, True)
-    v = tile(value_ptr, stride_value_t, left, BLOCK_K, HEAD_DIM, BLOCK_D, True)
+    k = tile(key_ptr, stride_key_t, j < size, BLOCK_K, HEAD_DIM, BLOCK_D)
+    v = tile(value_ptr, stride_value_t, j < size, BLOCK_K, HEAD_DIM, BLOCK_D)
     end = tl.load(end_ptr + j, mask=j < size, other=0)
     position = end
     if HAS_WINDOW:
@@ -155,29 +149,30 @@ def _tree_attention_grad_kv_kernel(
     for n in range(num_full * repeat):
         head = kv_head * repeat + n // num_full
         start = tl.load(plan_ptr + 2 + n % num_full).to(tl.int64) * BLOCK_Q
-        rest = (size - start).to(tl.int32)
-        rows = tl.arange(0, BLOCK_Q)
+        i = start.to(tl.int32) + tl.arange(0, BLOCK_Q)
         at = query_ptr + head * stride_query_h + start * stride_query_t
-        q = tile(at, stride_query_t, rest, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
+        q = tile(at, stride_query_t, i < size, BLOCK_Q, HEAD_DIM, BLOCK_D)
         at = grad_out_ptr + head * stride_grad_out_h + start * stride_grad_out_t
-        grad_out = tile(at, stride_grad_out_t, rest, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
-        lse = tl.load(lse_ptr + head * size + start + rows, mask=rows < rest, other=0.0) * LOG2E
-        delta = tl.load(delta_ptr + head * size + start + rows, mask=rows < rest, other=0.0)
+        grad_out = tile(at, stride_grad_out_t, i < size, BLOCK_Q, HEAD_DIM, BLOCK_D)
+        lse = tl.load(lse_ptr + head * size + i, mask=i < size, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + head * size + i, mask=i < size, other=0.0)
         grad_k, grad_v = _gather(
             q, k, v, grad_out, lse, delta, None, grad_k, grad_v, pre_scale, post_scale, HAS_SOFTCAP, True
         )
     for n in range(num_partial * repeat):
         head = kv_head * repeat + n // num_partial
         start = tl.load(plan_ptr + 2 + num_full + n % num_partial).to(tl.int64) * BLOCK_Q
-        rest = (size - start).to(tl.int32)
-        rows = tl.arange(0, BLOCK_Q)
+        i = start.to(tl.int32) + tl.arange(0, BLOCK_Q)
+        lse = tl.load(lse_ptr + head * size + i, mask=i < size, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + head * size + i, mask=i < size, other=0.0)
+        # a query that is not finite shows in lse, a gradient in delta: read as 0, with weights of NaN
+        sound = (tl.abs(lse) < float("inf")) & (tl.abs(delta) < float("inf"))
+        lse = tl.where(sound, lse, float("nan"))
+        inside = (i < size) & sound
         at = query_ptr + head * stride_query_h + start * stride_query_t
-        q = tile(at, stride_query_t, rest, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
+        q = tile(at, stride_query_t, inside, BLOCK_Q, HEAD_DIM, BLOCK_D)
         at = grad_out_ptr + head * stride_grad_out_h + start * stride_grad_out_t
-        grad_out = tile(at, stride_grad_out_t, rest, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
-        lse = tl.load(lse_ptr + head * size + start + rows, mask=rows < rest, other=0.0) * LOG2E
-        delta = tl.load(delta_ptr + head * size + start + rows, mask=rows < rest, other=0.0)
-        i = start.to(tl.int32) + rows
+        grad_out = tile(at, stride_grad_out_t, inside, BLOCK_Q, HEAD_DIM, BLOCK_D)
         lowest = i
         if HAS_WINDOW:
             lowest = tl.load(position_ptr + i, mask=i < size, other=0) - window
@@ -188,7 +183,7 @@ def _tree_attention_grad_kv_kernel(
 
     rows = tl.arange(0, BLOCK_K)[:, None]
     columns = tl.arange(0, BLOCK_D)[None]
-    inside = (rows < left) & (columns < HEAD_DIM)
+    inside = (first + rows < size) & (columns < HEAD_DIM)
     at = kv_head * stride_grad_h + (first + rows) * stride_grad_t + columns
     tl.store(grad_key_ptr + at, narrow(grad_k * scale, grad_key_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_value_ptr + at, narrow(grad_v, grad_value_ptr.dtype.element_ty), mask=inside)
@@ -196,18 +191,18 @@ def _tree_attention_grad_kv_kernel(
 
 @triton.jit
 def _scatter(
-    q, k, v, grad_out, lse, delta, visible, grad_q, pre_scale, post_scale,
+    q, k, v, grad_out, fault, lse, delta, visible, grad_q, pre_scale, post_scale,
     HAS_SOFTCAP: tl.constexpr, IS_FULL: tl.constexpr,
 ):  # fmt: skip
     """Add one block of keys to the gradient of one block of queries."""
     zeros = tl.zeros((q.shape[0], k.shape[0]), tl.float32)
     z = dot(q, tl.trans(k), zeros)
     dp = dot(grad_out, tl.trans(v), zeros)
+    if not IS_FULL:
+        dp += fault[None]
     _, ds = _weights(
         z, lse[:, None], dp, delta[:, None], visible, pre_scale, post_scale, HAS_SOFTCAP, IS_FULL
     )
-    if not IS_FULL:
-        k = finite(k)
     return dot(narrow(ds, k.dtype), k, grad_q)
 
 
@@ -221,6 +216,7 @@ def _tree_attention_grad_q_kernel(
     end_ptr,
     position_ptr,
     plan_ptr,
+    faults_ptr,
     grad_out_ptr,
     lse_ptr,
     delta_ptr,
@@ -252,18 +248,18 @@ def _tree_attention_grad_q_kernel(
     block = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     first = block * BLOCK_Q
-    left = (size - first).to(tl.int32)
     i = first.to(tl.int32) + tl.arange(0, BLOCK_Q)
     query_ptr += head * stride_query_h + first * stride_query_t
     grad_out_ptr += head * stride_grad_out_h + first * stride_grad_out_t
     key_ptr += head // repeat * stride_key_h
     value_ptr += head // repeat * stride_value_h
     plan_ptr += block * stride_plan
+    faults_ptr += head // repeat * size
     num_full = tl.load(plan_ptr)
     num_seen = tl.load(plan_ptr + 1)
 
-    q = tile(query_ptr, stride_query_t, left, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
-    grad_out = tile(grad_out_ptr, stride_grad_out_t, left, BLOCK_Q, HEAD_DIM, BLOCK_D, True)
+    q = tile(query_ptr, stride_query_t, i < size, BLOCK_Q, HEAD_DIM, BLOCK_D)
+    grad_out = tile(grad_out_ptr, stride_grad_out_t, i < size, BLOCK_Q, HEAD_DIM, BLOCK_D)
     lse = tl.load(lse_ptr + head * size + i, mask=i < size, other=0.0) * LOG2E
     delta = tl.load(delta_ptr + head * size + i, mask=i < size, other=0.0)
     lowest = i
@@ -272,31 +268,33 @@ def _tree_attention_grad_q_kernel(
     grad_q = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for n in range(num_full):
         start = tl.load(plan_ptr + 2 + n).to(tl.int64) * BLOCK_K
-        k = tile(key_ptr + start * stride_key_t, stride_key_t, 0, BLOCK_K, HEAD_DIM, BLOCK_D, False)
-        v = tile(value_ptr + start * stride_value_t, stride_value_t, 0, BLOCK_K, HEAD_DIM, BLOCK_D, False)
+        k = tile(key_ptr + start * stride_key_t, stride_key_t, None, BLOCK_K, HEAD_DIM, BLOCK_D)
+        v = tile(value_ptr + start * stride_value_t, stride_value_t, None, BLOCK_K, HEAD_DIM, BLOCK_D)
         grad_q = _scatter(
-            q, k, v, grad_out, lse, delta, None, grad_q, pre_scale, post_scale, HAS_SOFTCAP, True
+            q, k, v, grad_out, None, lse, delta, None, grad_q, pre_scale, post_scale, HAS_SOFTCAP, True
         )
     for n in range(num_full, num_seen):
         start = tl.load(plan_ptr + 2 + n).to(tl.int64) * BLOCK_K
-        rest = (size - start).to(tl.int32)
-        k = tile(key_ptr + start * stride_key_t, stride_key_t, rest, BLOCK_K, HEAD_DIM, BLOCK_D, True)
-        v = tile(value_ptr + start * stride_value_t, stride_value_t, rest, BLOCK_K, HEAD_DIM, BLOCK_D, True)
         j = start.to(tl.int32) + tl.arange(0, BLOCK_K)
         end = tl.load(end_ptr + j, mask=j < size, other=0)
+        # a key that is not finite is read as 0; a NaN of dp makes what sees it NaN
+        fault = tl.load(faults_ptr + j, mask=j < size, other=0.0)
+        inside = (j < size) & (fault == 0.0)
+        k = tile(key_ptr + start * stride_key_t, stride_key_t, inside, BLOCK_K, HEAD_DIM, BLOCK_D)
+        v = tile(value_ptr + start * stride_value_t, stride_value_t, j < size, BLOCK_K, HEAD_DIM, BLOCK_D)
         position = end
         if HAS_WINDOW:
             position = tl.load(position_ptr + j, mask=j < size, other=0)
         visible = sees(i[:, None], j[None], end[None], lowest[:, None], position[None], HAS_WINDOW)
         grad_q = _scatter(
-            q, k, v, grad_out, lse, delta, visible, grad_q, pre_scale, post_scale, HAS_SOFTCAP, False
+            q, k, v, grad_out, fault, lse, delta, visible, grad_q, pre_scale, post_scale, HAS_SOFTCAP, False
         )
 
     rows = tl.arange(0, BLOCK_Q)[:, None]
     columns = tl.arange(0, BLOCK_D)[None]
     at = grad_query_ptr + head * stride_grad_h + (first + rows) * stride_grad_t + columns
     grad = narrow(grad_q * scale, grad_query_ptr.dtype.element_ty)
-    tl.store(at, grad, mask=(rows < left) & (columns < HEAD_DIM))
+    tl.store(at, grad, mask=(first + rows < size) & (columns < HEAD_DIM))
 
 
 def tree_attention_bwd(
@@ -358,6 +356,7 @@ def tree_attention_bwd(
         _tree_attention_grad_q_kernel[(plan_q.shape[0], heads)](
             *inputs,
             plan_q,
+            find_faults(key, value),
             grad_out,
             lse,
             delta,

@@ -31,7 +31,7 @@ def _attention(dtype, configurations):
     """Argument types (rows of 16 bytes and more are aligned) and constants of the tree attention kernels."""
     tensors = ("query", "key", "value", "out", "grad", "grad_out", "grad_query", "grad_key", "grad_value")
     kinds = {f"{name}_ptr": f"*{dtype}:16" for name in tensors}
-    kinds |= dict.fromkeys(("lse_ptr", "delta_ptr", "grad_lse_ptr"), "*fp32:16")
+    kinds |= dict.fromkeys(("lse_ptr", "delta_ptr", "grad_lse_ptr", "faults_ptr"), "*fp32:16")
     kinds |= dict.fromkeys(("end_ptr", "position_ptr", "plan_ptr"), "*i32:16")
     kinds |= {f"stride_{name}_{letter}": "i32:16" for name in tensors for letter in "ht"}
     kinds |= dict.fromkeys(("scale", "pre_scale", "post_scale"), "fp32")
@@ -56,14 +56,15 @@ def _attention(dtype, configurations):
 
 
 HALF_KINDS, HALF = _attention("bf16", tree_attention.HALF)
-DELTA = tuple({"HEAD_DIM": d, "BLOCK_D": d, "BLOCK": 64} for d in (64, 256))
+ROWS = tuple({"HEAD_DIM": d, "BLOCK_D": d, "BLOCK": tree_attention.BLOCK_ROWS} for d in (64, 256))
 
 # Module and kernel -> argument types (default: *fp32 for pointers, i32), variants of its constants, warps.
 KERNELS = {
     "log_probs._log_probs_fwd_kernel": (LOGITS, (ALL_ON | TILES, ALL_OFF | TILES), 8),
     "log_probs._log_probs_bwd_kernel": (LOGITS, (ALL_ON, ALL_OFF), 8),
     "tree_attention._tree_attention_fwd_kernel": (HALF_KINDS, HALF["fwd"], None),
-    "tree_attention_backward._tree_attention_delta_kernel": (HALF_KINDS, DELTA, 4),
+    "tree_attention._tree_attention_faults_kernel": (HALF_KINDS, ROWS, 4),
+    "tree_attention_backward._tree_attention_delta_kernel": (HALF_KINDS, ROWS, 4),
     "tree_attention_backward._tree_attention_grad_kv_kernel": (HALF_KINDS, HALF["grad_kv"], None),
     "tree_attention_backward._tree_attention_grad_q_kernel": (HALF_KINDS, HALF["grad_q"], None),
 }
