@@ -237,11 +237,16 @@ class Table(NamedTuple):
     grad_q: Blocks
 
 
-# By the padded head dim. Chosen so that nothing spills on sm_80, sm_90 and sm_100.
-HALF = {
-    64: Table(Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 3), Blocks(128, 64, 8, 3)),
+# By the padded head dim. The largest blocks that spill nothing on sm_80, and on sm_90 and sm_100.
+AMPERE = {
+    64: Table(Blocks(128, 64, 8, 3), Blocks(32, 64, 4, 3), Blocks(128, 64, 8, 3)),
+    128: Table(Blocks(128, 32, 8, 3), Blocks(64, 64, 8, 2), Blocks(128, 32, 8, 2)),
+    256: Table(Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 2)),
+}
+HOPPER = {
+    64: Table(Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 3)),
     128: Table(Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 2)),
-    256: Table(Blocks(128, 32, 8, 2), Blocks(32, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    256: Table(Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
 }
 # float32 without tensor cores, for tests and debugging
 SINGLE = {
@@ -251,9 +256,14 @@ SINGLE = {
 }
 
 
-def table(head_dim: int, dtype: torch.dtype) -> Table:
+def table(query: Tensor) -> Table:
     """Block sizes for a head dim of at most MAX_HEAD_DIM."""
-    return (SINGLE if dtype == torch.float32 else HALF)[max(64, triton.next_power_of_2(head_dim))]
+    tables = SINGLE
+    if query.dtype != torch.float32:
+        tables = (
+            AMPERE if query.is_cuda and torch.cuda.get_device_capability(query.device) < (9, 0) else HOPPER
+        )
+    return tables[max(64, triton.next_power_of_2(query.shape[2]))]
 
 
 def scales(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -328,6 +338,6 @@ def tree_attention_fwd(
                 heads // key.shape[0],
                 0 if window is None else window,
                 *scales(scale, softcap),
-                **constants(query, table(width, query.dtype).fwd, softcap, window),
+                **constants(query, table(query).fwd, softcap, window),
             )
     return out, lse

@@ -297,6 +297,24 @@ def _tree_attention_grad_q_kernel(
     tl.store(at, grad, mask=(first + rows < size) & (columns < HEAD_DIM))
 
 
+def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor) -> Tensor:
+    heads, size, width = out.shape
+    delta = torch.empty_like(grad_lse)
+    _tree_attention_delta_kernel[(triton.cdiv(size, BLOCK_ROWS), heads)](
+        out,
+        grad_out,
+        grad_lse,
+        delta,
+        *out.stride()[:2],
+        *grad_out.stride()[:2],
+        size,
+        HEAD_DIM=width,
+        BLOCK_D=max(16, triton.next_power_of_2(width)),
+        BLOCK=BLOCK_ROWS,
+    )
+    return delta
+
+
 def tree_attention_bwd(
     grad_out: Tensor,  # (H, T, d) last stride 1
     grad_lse: Tensor,  # (H, T) float32, contiguous
@@ -321,24 +339,12 @@ def tree_attention_bwd(
     )
     if not size:
         return grad_query, grad_key, grad_value
-    blocks = table(width, query.dtype)
-    delta = torch.empty_like(lse)
+    blocks = table(query)
     inputs = (query, key, value, end, position)
     strides = [s for x in (query, key, value, grad_out) for s in x.stride()[:2]]
     numbers = (size, heads // kv_heads, 0 if window is None else window, scale, *scales(scale, softcap))
     with torch.cuda.device_of(query):
-        _tree_attention_delta_kernel[(triton.cdiv(size, BLOCK_ROWS), heads)](
-            out,
-            grad_out,
-            grad_lse,
-            delta,
-            *out.stride()[:2],
-            *grad_out.stride()[:2],
-            size,
-            HEAD_DIM=width,
-            BLOCK_D=max(16, triton.next_power_of_2(width)),
-            BLOCK=BLOCK_ROWS,
-        )
+        delta = _delta(out, grad_out, grad_lse)
         _tree_attention_grad_kv_kernel[(plan_kv.shape[0], kv_heads)](
             *inputs,
             plan_kv,

@@ -16,8 +16,8 @@ from fastgfn.kernels import tree_attention
 
 CAPABILITIES = (80, 90, 100)
 MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-LAUNCH = ("num_warps", "num_stages")
+TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
+LAUNCH = ("num_warps", "num_stages", "capabilities")
 
 ALL_ON = {"HAS_STOP": True, "HAS_SOFTCAP": True, "HAS_BIAS": True, "BLOCK": 4096, "stride_v": 1}
 ALL_OFF = {"HAS_STOP": False, "HAS_SOFTCAP": False, "HAS_BIAS": False, "BLOCK": 4096, "stride_v": 1}
@@ -27,7 +27,7 @@ LOGITS = {"logits_ptr": "*bf16", "grad_logits_ptr": "*bf16", "targets_ptr": "*i6
 )
 
 
-def _attention(dtype, configurations):
+def _attention(dtype, configurations):  # ((capabilities, blocks by head dim), ...)
     """Argument types (rows of 16 bytes and more are aligned) and constants of the tree attention kernels."""
     tensors = ("query", "key", "value", "out", "grad", "grad_out", "grad_query", "grad_key", "grad_value")
     kinds = {f"{name}_ptr": f"*{dtype}:16" for name in tensors}
@@ -47,15 +47,17 @@ def _attention(dtype, configurations):
                 "HAS_WINDOW": width == 64,
                 "num_warps": table[i].num_warps,
                 "num_stages": table[i].num_stages,
+                "capabilities": capabilities,
             }
-            for width, table in configurations.items()
+            for capabilities, tables in configurations
+            for width, table in tables.items()
         )
         for i, kernel in enumerate(("fwd", "grad_kv", "grad_q"))
     }
     return kinds, variants
 
 
-HALF_KINDS, HALF = _attention("bf16", tree_attention.HALF)
+HALF_KINDS, HALF = _attention("bf16", (((80,), tree_attention.AMPERE), ((90, 100), tree_attention.HOPPER)))
 ROWS = tuple({"HEAD_DIM": d, "BLOCK_D": d, "BLOCK": tree_attention.BLOCK_ROWS} for d in (64, 256))
 
 # Module and kernel -> argument types (default: *fp32 for pointers, i32), variants of its constants, warps.
@@ -90,6 +92,7 @@ def compile_all(folder):
         types, variants, num_warps = KERNELS[name]
         for variant in variants:
             options = {"num_warps": num_warps} | {n: v for n, v in variant.items() if n in LAUNCH}
+            capabilities = options.pop("capabilities", CAPABILITIES)
             constants = {n: v for n, v in variant.items() if n not in LAUNCH}
             kinds = {
                 p.name: "constexpr"
@@ -102,7 +105,7 @@ def compile_all(folder):
                 (i,): [["tt.divisibility", 16]] for i, k in enumerate(kinds.values()) if k.endswith(":16")
             }
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-            for capability in CAPABILITIES:
+            for capability in capabilities:
                 target = GPUTarget("cuda", capability, 32)
                 compiled = triton.compile(source, target=target, options=options)
                 path = os.path.join(folder, "kernel.cubin")
@@ -114,7 +117,7 @@ def compile_all(folder):
                 shared, num_bytes = compiled.metadata.shared, len(compiled.asm["cubin"])
                 row |= {"name": name, "sm": capability, "shared": shared, "bytes": num_bytes}
                 row["has_dot"] = "tt.dot" in compiled.asm["ttir"]
-                row["tensor_cores"] = TENSOR_CORES[capability] in compiled.asm["ptx"]
+                row["tensor_cores"] = TENSOR_CORES.search(compiled.asm["ptx"]) is not None
                 rows.append(row | {"variant": variant})
     return rows
 
@@ -130,7 +133,8 @@ def test_kernels_compile_without_spills(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) == len(CAPABILITIES) * sum(len(variants) for _, variants, _ in KERNELS.values())
+    variants = [variant for _, variants, _ in KERNELS.values() for variant in variants]
+    assert len(rows) == sum(len(variant.get("capabilities", CAPABILITIES)) for variant in variants)
     for row in rows:
         assert row["bytes"] > 0 and row["shared"] <= MAX_SHARED_BYTES[row["sm"]], row
         assert row["tensor_cores"] == row["has_dot"], row

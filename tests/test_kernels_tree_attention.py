@@ -18,7 +18,7 @@ def small_blocks(monkeypatch):
     """Blocks of three shapes, so that small trees have full, partial and unseen ones."""
     sizes = ((32, 16), (16, 32), (16, 16))
     small = kernels.Table(*(kernels.Blocks(q, k, 4, 1) for q, k in sizes))
-    for configurations in (kernels.SINGLE, kernels.HALF):
+    for configurations in (kernels.SINGLE, kernels.AMPERE, kernels.HOPPER):
         for width in configurations:
             monkeypatch.setitem(configurations, width, small)
 
@@ -115,7 +115,7 @@ def test_heads_and_widths(heads, kv_heads, width, dtype):
 
 def test_the_shipped_blocks(monkeypatch):
     monkeypatch.undo()
-    assert max(max(b.queries, b.keys) for t in kernels.HALF.values() for b in t) == 128
+    assert max(max(b.queries, b.keys) for t in kernels.HOPPER.values() for b in t) == 128
     for width in (64, 128, 256):
         compare(*make_inputs(random_depths(150), 1, 1, width), torch.float32)
         compare(*make_inputs(random_depths(150), 1, 1, width), torch.bfloat16)
