@@ -13,14 +13,12 @@ from torch import Tensor
 
 from fastgfn import checks
 from fastgfn.attention import DecodeAttention, TreeAttention
-from fastgfn.functional.sampling import sample_next
+from fastgfn.functional.sampling import sample_next_from_hidden
 from fastgfn.models import Policy
 from fastgfn.ops.attention import TreeMask
 from fastgfn.ops.decode import decode_update_
-from fastgfn.ops.linear import product
 from fastgfn.types import Constraints, Rollouts, as_int64
 
-LOGIT_BYTES = 64 * 2**20
 # Merging the adapter costs one pass over the weights, which this many decode steps without it repay.
 MERGE_FROM = 6
 
@@ -139,30 +137,27 @@ class _Decoder:
         head, constraints = self.policy.head, self.constraints
         fix = "the weights have diverged: lower learning_rate or set max_grad_norm"
         checks.check(bool(hidden.isfinite().all()), "sample", "hidden states", "finite", "nan or inf", fix)
-        drawn = torch.empty_like(alive)
-        forbid = torch.full(alive.shape, step < constraints.min_length)
-        chunk = max(1, LOGIT_BYTES // (4 * self.policy.vocab_size))
-        for first in range(0, hidden.shape[0], chunk):
-            rows = hidden[first : first + chunk]
-            logits = product(rows, head.weight, head.bias).float()
-            if head.logit_scale != 1.0:
-                logits = logits * head.logit_scale
-            if head.softcap is not None:
-                logits = head.softcap * torch.tanh(logits / head.softcap)
-            here = ((row_of >= first) & (row_of < first + chunk)).nonzero()[:, 0]
-            draw = sample_next(
-                logits.cpu(),
-                rows=row_of[here] - first,
-                temperature=self.temperature[alive[here]],
-                logit_bias=constraints.logit_bias,
-                termination_token_id=constraints.termination_token_id,
-                forbid_termination=forbid[here],
-                seed=self.seed,
-                trajectory=self.first_trajectory + alive[here],
-                position=torch.full(here.shape, step),
-            )
-            drawn[here] = draw.token
-            self.log_behavior[alive[here]] += draw.log_behavior
+        device = hidden.device
+        draw = sample_next_from_hidden(
+            hidden,
+            head.weight,
+            bias=head.bias,
+            logit_bias=None if constraints.logit_bias is None else constraints.logit_bias.to(device),
+            logit_scale=head.logit_scale,
+            final_logit_softcap=head.softcap,
+            temperature=self.temperature[alive].to(device),
+            termination_token_id=constraints.termination_token_id,
+            forbid_termination=torch.full(alive.shape, step < constraints.min_length, device=device),
+            seed=self.seed,
+            trajectory=(self.first_trajectory + alive).to(device),
+            position=torch.full(alive.shape, step, device=device),
+            rows=row_of.to(device),
+        )
+        drawn = draw.token.cpu()
+        # A GPU cannot refuse a row without tokens; it marks the draw.
+        want, fix = "a token left in every row", "widen the vocabulary mask"
+        checks.check(bool((drawn >= 0).all()), "sample", "logits", want, "none or nan", fix)
+        self.log_behavior[alive] += draw.log_behavior.cpu()
         return drawn
 
 

@@ -15,9 +15,9 @@ import sys
 from fastgfn.kernels import tree_attention
 
 CAPABILITIES = (80, 90, 100)
-MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
-LAUNCH = ("num_warps", "num_stages", "capabilities")
+LAUNCH = ("num_warps", "num_stages", "capabilities", "TYPES", "OPTIONS", "ALIGNED")
 
 ALL_ON = {"HAS_STOP": True, "HAS_SOFTCAP": True, "HAS_BIAS": True, "BLOCK": 4096, "stride_v": 1}
 ALL_OFF = {"HAS_STOP": False, "HAS_SOFTCAP": False, "HAS_BIAS": False, "BLOCK": 4096, "stride_v": 1}
@@ -59,8 +59,42 @@ def _attention(dtype, configurations):  # ((capabilities, blocks by head dim), .
 
 HALF_KINDS, HALF = _attention("bf16", (((80,), tree_attention.AMPERE), ((90, 100), tree_attention.HOPPER)))
 ROWS = tuple({"HEAD_DIM": d, "BLOCK_D": d, "BLOCK": tree_attention.BLOCK_ROWS} for d in (64, 256))
+# As at a launch: without it bfloat16 tiles are not copied asynchronously.
+ALIGNED = ("logits_ptr", "hidden_ptr", "weight_ptr", "stride_r", "stride_h_r", "stride_w_v")
+DRAWS = dict.fromkeys(("rows_ptr", "trajectory_ptr", "position_ptr", "seed_ptr", "token_ptr"), "*i64") | {
+    "forbid_ptr": "*i1",
+    "tokens_ptr": "*i32",
+    "pre_scale": "fp32",
+    "post_scale": "fp32",
+}
+LOGIT_TILES = {"TILES": 2, "BLOCK": 4096, "ALIGNED": ALIGNED}
+
+
+def head_variants():
+    """fused_draw: every block of its table, each with all options, the first of each type without any."""
+    from fastgfn.kernels.head_sample_next import HEAD_BLOCKS
+
+    flags = ("HAS_BIAS", "HAS_LOGIT_BIAS", "HAS_SOFTCAP")
+    for size, table in HEAD_BLOCKS.items():
+        types = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), {2: "*bf16", 4: "*fp32"}[size])
+        for on in (True, False):
+            for _, (block_m, block_v, block_d, warps, stages) in table[: None if on else 1]:
+                yield dict.fromkeys(flags, on) | {
+                    "WIDTH": 2048 if on else 2000,
+                    "TILES": 4,
+                    "BLOCK_M": block_m,
+                    "BLOCK_V": block_v,
+                    "BLOCK_D": block_d,
+                    "stride_h_d": 1,
+                    "stride_w_d": 1,
+                    "TYPES": types,
+                    "OPTIONS": {"num_warps": warps, "num_stages": stages},
+                    "ALIGNED": ALIGNED,
+                }
+
 
 # Module and kernel -> argument types (default: *fp32 for pointers, i32), variants of its constants, warps.
+# A variant may add TYPES, OPTIONS of the compiler and the ALIGNED arguments.
 KERNELS = {
     "log_probs._log_probs_fwd_kernel": (LOGITS, (ALL_ON | TILES, ALL_OFF | TILES), 8),
     "log_probs._log_probs_bwd_kernel": (LOGITS, (ALL_ON, ALL_OFF), 8),
@@ -69,6 +103,13 @@ KERNELS = {
     "tree_attention_backward._tree_attention_delta_kernel": (HALF_KINDS, ROWS, 4),
     "tree_attention_backward._tree_attention_grad_kv_kernel": (HALF_KINDS, HALF["grad_kv"], None),
     "tree_attention_backward._tree_attention_grad_q_kernel": (HALF_KINDS, HALF["grad_q"], None),
+    "sample_next._draw_from_logits_kernel": (DRAWS, (LOGIT_TILES,), 8),
+    "sample_next._draw_combine_kernel": (
+        DRAWS,
+        ({"NONE": -1, "BLOCK_K": 64, "BLOCK_S": 16}, {"NONE": -1, "BLOCK_K": 4, "BLOCK_S": 256}),
+        4,
+    ),
+    "head_sample_next._fused_draw_kernel": (DRAWS, tuple(head_variants()), 4),
 }
 
 
@@ -91,18 +132,23 @@ def compile_all(folder):
     for name, kernel in find_kernels().items():
         types, variants, num_warps = KERNELS[name]
         for variant in variants:
-            options = {"num_warps": num_warps} | {n: v for n, v in variant.items() if n in LAUNCH}
-            capabilities = options.pop("capabilities", CAPABILITIES)
+            options = {"num_warps": num_warps} | {n: variant[n] for n in LAUNCH[:2] if n in variant}
+            options |= variant.get("OPTIONS", {})
+            capabilities = variant.get("capabilities", CAPABILITIES)
+            aligned = variant.get("ALIGNED", ())
+            own_types = types | variant.get("TYPES", {})
             constants = {n: v for n, v in variant.items() if n not in LAUNCH}
             kinds = {
                 p.name: "constexpr"
                 if p.name in constants
-                else types.get(p.name, "*fp32" if p.name.endswith("_ptr") else "i32")
+                else own_types.get(p.name, "*fp32" if p.name.endswith("_ptr") else "i32")
                 for p in kernel.params
             }
             signature = {n: kind.removesuffix(":16") for n, kind in kinds.items()}
             attrs = {
-                (i,): [["tt.divisibility", 16]] for i, k in enumerate(kinds.values()) if k.endswith(":16")
+                (i,): [["tt.divisibility", 16]]
+                for i, (n, kind) in enumerate(kinds.items())
+                if kind.endswith(":16") or n in aligned
             }
             source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
             for capability in capabilities:
@@ -136,7 +182,7 @@ def test_kernels_compile_without_spills(tmp_path):
     variants = [variant for _, variants, _ in KERNELS.values() for variant in variants]
     assert len(rows) == sum(len(variant.get("capabilities", CAPABILITIES)) for variant in variants)
     for row in rows:
-        assert row["bytes"] > 0 and row["shared"] <= MAX_SHARED_BYTES[row["sm"]], row
+        assert row["bytes"] > 0 and row["shared"] <= SHARED_BYTES[row["sm"]], row
         assert row["tensor_cores"] == row["has_dot"], row
         assert row["STACK"] == 0 and row["LOCAL"] == 0, f"register spill: {row}"
 

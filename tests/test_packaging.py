@@ -57,6 +57,7 @@ def test_public_names_are_frozen():
         "log_probs_from_logits",
         "modified_subtb_loss",
         "sample_next",
+        "sample_next_from_hidden",
         "subtb_loss",
         "subtb_potential",
         "termination_log_prob",

@@ -1,7 +1,7 @@
 """The stable tensor-level API for other libraries; natural logarithms, batch first, padding never read."""
 
 from fastgfn.functional.log_probs import linear_log_probs, log_probs_from_logits
-from fastgfn.functional.sampling import sample_next
+from fastgfn.functional.sampling import sample_next, sample_next_from_hidden
 from fastgfn.functional.subtb import modified_subtb_loss, subtb_loss, subtb_potential, termination_log_prob
 from fastgfn.functional.tree import build_tree
 
@@ -11,6 +11,7 @@ __all__ = [
     "log_probs_from_logits",
     "modified_subtb_loss",
     "sample_next",
+    "sample_next_from_hidden",
     "subtb_loss",
     "subtb_potential",
     "termination_log_prob",

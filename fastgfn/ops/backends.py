@@ -50,6 +50,8 @@ def backend_info() -> dict:
             "cuda": f"torch, vocabulary tiles{absent}",
         },
         "log_probs_from_logits": {"cpu": "torch", "cuda": f"triton{absent}"},
+        "sample_next": {"cpu": "csrc C++", "cuda": f"triton{absent}"},
+        "sample_next_from_hidden": {"cpu": f"{gemm}, then csrc C++", "cuda": f"triton{absent}"},
         "tree_attention": {"cpu": "SDPA, dense mask", "cuda": f"triton{absent}"},
         "decode_attention": {"cpu": "torch matmul", "cuda": f"torch matmul{absent}"},
     }
@@ -57,7 +59,6 @@ def backend_info() -> dict:
         compiled = "csrc CUDA" if _has_cuda_kernel(op) else "not built (no CUDA toolkit)"
         ops[name] = {"cpu": "csrc C++", "cuda": compiled}
     ops["build_tree"] = {"cpu": "csrc C++", "cuda": "csrc C++ on the host"}
-    ops["sample_next"] = {"cpu": "csrc C++", "cuda": "none yet: CPU only"}
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     return {"versions": versions(), "device": device, "ops": ops}
 

@@ -62,3 +62,27 @@ def gumbel_draw(
     log_pterm = log_q[:, stop] if stop >= 0 else torch.full_like(log_pf, -torch.inf)
     log_behavior = tempered.log_softmax(1).gather(1, token[:, None])[:, 0]
     return token, *(x.to(logits.dtype) for x in (log_pf, log_pterm, log_behavior))
+
+
+def head_gumbel_draw(
+    hidden: Tensor,  # (R, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    logit_bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    softcap: float | None,
+    rows: Tensor,
+    temperature: Tensor,
+    trajectory: Tensor,
+    position: Tensor,
+    seed: Tensor,  # (1,)
+    termination_token_id: int,
+    forbid_stop: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """gumbel_draw of softcap(logit_scale * (hidden weight.T + bias)) + logit_bias."""
+    logits = logit_scale * (hidden @ weight.T + (0.0 if bias is None else bias))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits + (0.0 if logit_bias is None else logit_bias)
+    draws = (rows, temperature, trajectory, position, int(seed), termination_token_id, forbid_stop)
+    return gumbel_draw(logits, *draws)
