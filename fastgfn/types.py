@@ -177,7 +177,7 @@ class TokenTree:
 class LogProbs:
     """Per-row log-probabilities, float32 (float64 for float64 input), natural log.
 
-    From `linear_log_probs`: log_pf (M,), log_pterm (R,) or None, lse (R,) or None.
+    From `linear_log_probs`, `policy_reward_log_probs`: log_pf (M,), log_pterm (R,) or None, lse (R,) or None.
     From `score`: node-aligned, log_pf (T,) = log q(node's token | its parent), 0 off the action nodes;
     log_pterm (T,) = log q(stop | node) at terminable nodes, 0 elsewhere; lse None.
     """

@@ -25,6 +25,18 @@ TILES = {"NUM_TILES": 13}
 LOGITS = {"logits_ptr": "*bf16", "grad_logits_ptr": "*bf16", "targets_ptr": "*i64"} | dict.fromkeys(
     ("pre_scale", "post_scale", "bias_scale", "factor"), "fp32"
 )
+HEAD_ON = dict.fromkeys(("HAS_BIAS", "HAS_MASK", "HAS_TWO_MASKS", "HAS_SOFTCAP"), True)
+HEAD_OFF = dict.fromkeys(HEAD_ON, False)
+FUSED_OFF = {name: False for name in HEAD_ON if name != "HAS_TWO_MASKS"}
+FUSED_ON = dict.fromkeys(FUSED_OFF, True)
+NO_SOFTCAP = FUSED_ON | {"HAS_SOFTCAP": False}
+UNIT = {"stride_hidden_d": 1, "stride_weight_d": 1}
+HEAD = {"hidden_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*bf16"} | dict.fromkeys(
+    ("pre_scale", "post_scale", "mask_scale", "p_scale"), "fp32"
+)
+INDICES = dict.fromkeys(("rows_ptr", "columns_ptr", "entry_starts_ptr", "entry_columns_ptr"), "*i64")
+ROW_PASS = HEAD | INDICES | {"p_ptr": "*bf16"}
+FUSED_32 = HEAD | {"hidden_ptr": "*fp32", "weight_ptr": "*fp32", "bias_ptr": "*fp32"}
 
 
 def _attention(dtype, configurations):  # ((capabilities, blocks by head dim), ...)
@@ -70,7 +82,7 @@ DRAWS = dict.fromkeys(("rows_ptr", "trajectory_ptr", "position_ptr", "seed_ptr",
 LOGIT_TILES = {"TILES": 2, "BLOCK": 4096, "ALIGNED": ALIGNED}
 
 
-def head_variants():
+def draw_variants():
     """fused_draw: every block of its table, each with all options, the first of each type without any."""
     from fastgfn.kernels.head_sample_next import HEAD_BLOCKS
 
@@ -93,9 +105,50 @@ def head_variants():
                 }
 
 
+def tile(rows, vocab, width, num_warps, num_stages, precision="ieee"):
+    sizes = {"BLOCK_R": rows, "BLOCK_V": vocab, "BLOCK_D": width, "PRECISION": precision, "WIDTH": 2048}
+    flags = {"IS_EVEN": True, "IS_INTERPRETED": False, "ALIGNED": "all"}
+    return sizes | flags | {"num_warps": num_warps, "num_stages": num_stages} | UNIT
+
+
+def row_pass_variants(constants):
+    return tuple(flags | constants | {"ALIGNED": "all"} for flags in (HEAD_ON, HEAD_OFF))
+
+
+# 50257 and such: their products with a weight are padded, so only these arguments lack a factor of 16.
+ODD = ("vocab", "num_rows", "num_policy", "first_row", "num_grad_rows", "num_entries")
+ODD += ("num_splits", "num_blocks", "stop")
+WIDE, LARGE, SMALL = (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4)
+SINGLE = (64, 64, 32, 4, 3, "tf32x3")
+UNEVEN = {"IS_EVEN": False, "WIDTH": 1602}
+
 # Module and kernel -> argument types (default: *fp32 for pointers, i32), variants of its constants, warps.
 # A variant may add TYPES, OPTIONS of the compiler and the ALIGNED arguments.
 KERNELS = {
+    "head._entry_logits_fwd_kernel": (
+        HEAD | INDICES,
+        row_pass_variants({"WIDTH": 2048, "BLOCK_E": 16, "BLOCK_D": 128} | UNIT),
+        4,
+    ),
+    "head._row_pass_fwd_kernel": (
+        ROW_PASS,
+        row_pass_variants({"NUM_TILES": 13, "BLOCK": 4096, "BLOCK_E": 16}),
+        8,
+    ),
+    "head_fused._fused_parts_fwd_kernel": (
+        HEAD,
+        (
+            FUSED_OFF | tile(*WIDE) | {"capabilities": (90, 100)},
+            *(NO_SOFTCAP | tile(*WIDE) | {"capabilities": (90,)} | width for width in ({}, UNEVEN)),
+            *(NO_SOFTCAP | tile(*LARGE) | {"capabilities": (100,)} | width for width in ({}, UNEVEN)),
+            FUSED_OFF | tile(*LARGE) | {"capabilities": (80,)},
+            FUSED_ON | tile(*LARGE) | {"capabilities": (80, 90)},
+            FUSED_ON | tile(*LARGE) | {"capabilities": (80, 90)} | UNEVEN,
+            FUSED_ON | tile(*SMALL),
+            FUSED_ON | tile(*SINGLE) | {"TYPES": FUSED_32},
+        ),
+        8,
+    ),
     "log_probs._log_probs_fwd_kernel": (LOGITS, (ALL_ON | TILES, ALL_OFF | TILES), 8),
     "log_probs._log_probs_bwd_kernel": (LOGITS, (ALL_ON, ALL_OFF), 8),
     "tree_attention._tree_attention_fwd_kernel": (HALF_KINDS, HALF["fwd"], None),
@@ -109,7 +162,7 @@ KERNELS = {
         ({"NONE": -1, "BLOCK_K": 64, "BLOCK_S": 16}, {"NONE": -1, "BLOCK_K": 4, "BLOCK_S": 256}),
         4,
     ),
-    "head_sample_next._fused_draw_kernel": (DRAWS, tuple(head_variants()), 4),
+    "head_sample_next._fused_draw_kernel": (DRAWS, tuple(draw_variants()), 4),
 }
 
 
@@ -144,6 +197,8 @@ def compile_all(folder):
                 else own_types.get(p.name, "*fp32" if p.name.endswith("_ptr") else "i32")
                 for p in kernel.params
             }
+            if aligned == "all":
+                aligned = [n for n, k in kinds.items() if k[0] == "*" or (k == "i32" and n not in ODD)]
             signature = {n: kind.removesuffix(":16") for n, kind in kinds.items()}
             attrs = {
                 (i,): [["tt.divisibility", 16]]
@@ -162,7 +217,7 @@ def compile_all(folder):
                 row = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
                 shared, num_bytes = compiled.metadata.shared, len(compiled.asm["cubin"])
                 row |= {"name": name, "sm": capability, "shared": shared, "bytes": num_bytes}
-                row["has_dot"] = "tt.dot" in compiled.asm["ttir"]
+                row["has_dot"] = "tl.dot(" in kernel.src or "tt.dot" in compiled.asm["ttir"]
                 row["tensor_cores"] = TENSOR_CORES.search(compiled.asm["ptx"]) is not None
                 rows.append(row | {"variant": variant})
     return rows

@@ -56,6 +56,7 @@ def test_public_names_are_frozen():
         "linear_log_probs",
         "log_probs_from_logits",
         "modified_subtb_loss",
+        "policy_reward_log_probs",
         "sample_next",
         "sample_next_from_hidden",
         "subtb_loss",

@@ -1,6 +1,6 @@
 """The stable tensor-level API for other libraries; natural logarithms, batch first, padding never read."""
 
-from fastgfn.functional.log_probs import linear_log_probs, log_probs_from_logits
+from fastgfn.functional.log_probs import linear_log_probs, log_probs_from_logits, policy_reward_log_probs
 from fastgfn.functional.sampling import sample_next, sample_next_from_hidden
 from fastgfn.functional.subtb import modified_subtb_loss, subtb_loss, subtb_potential, termination_log_prob
 from fastgfn.functional.tree import build_tree
@@ -10,6 +10,7 @@ __all__ = [
     "linear_log_probs",
     "log_probs_from_logits",
     "modified_subtb_loss",
+    "policy_reward_log_probs",
     "sample_next",
     "sample_next_from_hidden",
     "subtb_loss",

@@ -72,6 +72,74 @@ def linear_log_probs(
     return LogProbs(log_pf=log_pf, log_pterm=log_pterm, lse=lse if return_lse else None)
 
 
+def policy_reward_log_probs(
+    policy_hidden: Tensor,  # (R1, D) float16 | bfloat16 | float32 | float64
+    reward_hidden: Tensor,  # (R2, D) same dtype
+    weight: Tensor,  # (V, D) same dtype
+    targets: Tensor | tuple[Tensor, Tensor],  # (M,) int32 | int64, or (M1,) and (M2,)
+    *,
+    rows: Tensor | tuple[Tensor, Tensor] | None = None,  # (M,) int32 | int64, or (M1,) and (M2,)
+    termination_token_id: int | None = None,
+    bias: Tensor | None = None,  # (V,)
+    policy_logit_bias: Tensor | None = None,  # (V,)
+    reward_logit_bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    final_logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    return_lse: bool = False,
+    ignore_index: int = -100,
+) -> tuple[LogProbs, LogProbs]:
+    """`linear_log_probs` of the policy's and of the reward model's hidden states in one pass over their head.
+
+    Equal to linear_log_probs(policy_hidden, ..., logit_bias=policy_logit_bias) and, without gradient,
+    linear_log_probs(reward_hidden, ..., logit_bias=reward_logit_bias). The rows are stacked, so that a tile
+    of the weight is read once for both; the product that forms the gradient sees the policy's rows only.
+
+    Args:
+        targets: one tensor: both streams read these tokens; a pair: the policy's and the reward's.
+        rows: the row of each target in its stream, in [0, R1) and [0, R2); one tensor serves both streams.
+        policy_logit_bias, reward_logit_bias: the vocabulary mask of each stream, or None.
+        Others: as in `linear_log_probs`.
+
+    Returns:
+        LogProbs of the policy, log_pf (M1,), log_pterm and lse (R1,), differentiable in policy_hidden, weight
+        and bias; LogProbs of the reward, log_pf (M2,), log_pterm and lse (R2,), detached.
+
+    Raises and numerics: as in `linear_log_probs`.
+    """
+    name = "policy_reward_log_probs"
+    targets, rows = _pair(name, "targets", targets), _pair(name, "rows", rows)
+    rows = (
+        _check_linear(name, policy_hidden, weight, targets[0], rows[0], bias, "policy_hidden"),
+        _check_linear(name, reward_hidden, weight, targets[1], rows[1], bias, "reward_hidden"),
+    )
+    options = {
+        "termination_token_id": termination_token_id,
+        "logit_scale": logit_scale,
+        "final_logit_softcap": final_logit_softcap,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+    }
+    biases = {"policy_logit_bias": policy_logit_bias, "reward_logit_bias": reward_logit_bias}
+    for tokens, (arg, logit_bias) in zip(targets, biases.items(), strict=True):
+        _check_options(name, tokens, weight, logit_bias=logit_bias, bias_arg=arg, **options)
+    streams = linear_ops.policy_reward_log_probs(
+        policy_hidden, reward_hidden, weight, targets, rows, bias=bias, **biases, **options
+    )
+    policy, reward = (LogProbs(pf, pterm, lse if return_lse else None) for pf, pterm, lse in streams)
+    return policy, reward
+
+
+def _pair(name: str, arg: str, value):
+    """(policy's, reward's) of a pair, or of one tensor or None for both."""
+    if value is None or isinstance(value, Tensor):
+        return value, value
+    ok = isinstance(value, tuple | list) and len(value) == 2
+    have = f"{type(value).__name__} of {len(value)}" if hasattr(value, "__len__") else type(value).__name__
+    checks.check(ok, name, arg, "a tensor or a pair of tensors", have, "pass one, or one per stream")
+    return tuple(value)
+
+
 def log_probs_from_logits(
     logits: Tensor,  # (M, V) float16 | bfloat16 | float32 | float64
     targets: Tensor,  # (M,) int32 | int64
@@ -143,7 +211,13 @@ def _choose_backend(name: str, backend: str, logits: Tensor) -> str:
 
 
 def _check_linear(
-    name: str, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None, bias: Tensor | None
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    arg: str = "hidden",
 ) -> Tensor:
     """Check the tensors and return the row of every target."""
     if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in DTYPES:
@@ -155,12 +229,12 @@ def _check_linear(
             "compute the logits with the model's own head and pass them to log_probs_from_logits",
             kind=NotImplementedError,
         )
-    num_rows, width = _check_matrix(name, "hidden", hidden)
-    fix = f"hidden is {tuple(hidden.shape)}: pass the head of the same model"
+    num_rows, width = _check_matrix(name, arg, hidden)
+    fix = f"{arg} is {tuple(hidden.shape)}: pass the head of the same model"
     checks.check_shape(name, "weight", weight, ("V", width), fix)
-    _check_dtype(name, "weight", weight, hidden.dtype)
+    _check_dtype(name, "weight", weight, hidden.dtype, arg)
     if rows is None:
-        fix = "pass one target per hidden row, or `rows` for any other layout"
+        fix = f"pass one target per row of {arg}, or `rows` for any other layout"
         checks.check_shape(name, "targets", targets, (num_rows,), fix)
         rows = torch.arange(num_rows, device=hidden.device)
     checks.check_shape(name, "targets", targets, ("M",), "flatten it")
@@ -169,8 +243,9 @@ def _check_linear(
     _check_range(name, "rows", rows, num_rows)
     if bias is not None:
         checks.check_shape(name, "bias", bias, (weight.shape[0],), "pass the bias of the same head")
-        _check_dtype(name, "bias", bias, hidden.dtype)
-    checks.check_same_device(name, hidden=hidden, weight=weight, targets=targets, rows=rows, bias=bias)
+        _check_dtype(name, "bias", bias, hidden.dtype, arg)
+    others = {"weight": weight, "targets": targets, "rows": rows, "bias": bias}
+    checks.check_same_device(name, **{arg: hidden}, **others)
     return rows
 
 
@@ -182,10 +257,10 @@ def _check_matrix(name: str, arg: str, tensor: Tensor) -> tuple[int, int]:
     return tensor.shape
 
 
-def _check_dtype(name: str, arg: str, tensor: Tensor, want: torch.dtype) -> None:
+def _check_dtype(name: str, arg: str, tensor: Tensor, want: torch.dtype, like: str) -> None:
     if tensor.dtype != want:
         fix = "cast one of the two"
-        checks.fail(name, arg, f"{want} like hidden", tensor.dtype, fix, kind=checks.InputTypeError)
+        checks.fail(name, arg, f"{want} like {like}", tensor.dtype, fix, kind=checks.InputTypeError)
 
 
 def _check_range(name: str, arg: str, values: Tensor, high: int) -> None:
@@ -206,17 +281,18 @@ def _check_options(
     final_logit_softcap: float | None,
     temperature: float,
     ignore_index: int,
+    bias_arg: str = "logit_bias",
 ) -> None:
     vocab, stop, cap = by_vocab.shape[0], termination_token_id, final_logit_softcap
     checks.check(vocab > 0, name, "the vocabulary", "non-empty", vocab, "pass the whole head")
     checks.check_integer(name, "targets", targets)
     _check_range(name, "targets", targets.masked_fill(targets == ignore_index, 0), vocab)
     if logit_bias is not None:
-        checks.check_shape(name, "logit_bias", logit_bias, (vocab,), "give one value per vocabulary entry")
-        checks.check_floating(name, "logit_bias", logit_bias)
-        checks.check_same_device(name, targets=targets, logit_bias=logit_bias)
+        checks.check_shape(name, bias_arg, logit_bias, (vocab,), "give one value per vocabulary entry")
+        checks.check_floating(name, bias_arg, logit_bias)
+        checks.check_same_device(name, **{"targets": targets, bias_arg: logit_bias})
         is_constant = not logit_bias.requires_grad
-        checks.check(is_constant, name, "logit_bias", "a constant", "requires_grad=True", "detach it")
+        checks.check(is_constant, name, bias_arg, "a constant", "requires_grad=True", "detach it")
     in_vocab = stop is None or 0 <= stop < vocab
     fix = "pass the id of the token that ends a sequence"
     checks.check(in_vocab, name, "termination_token_id", f"in [0, {vocab})", stop, fix)

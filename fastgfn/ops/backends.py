@@ -42,13 +42,13 @@ def backend_info() -> dict:
     absent = "" if cuda else " (no CUDA device here)"
     gemm = "oneDNN for float32, else torch" if HAS_ONEDNN else "torch (built without oneDNN)"
     avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    tiles = f"{gemm}, vocabulary tiles"
+    head = {"cuda": f"torch products and a triton row pass; fused triton without gradient{absent}"}
     ops = {
         "linear": {"cpu": gemm, "cuda": f"torch{absent}"},
         "lora_linear": {"cpu": gemm, "cuda": f"torch{absent}"},
-        "linear_log_probs": {
-            "cpu": f"{gemm}, vocabulary tiles" + ("; csrc C++ for bfloat16" if avx512 else ""),
-            "cuda": f"torch, vocabulary tiles{absent}",
-        },
+        "linear_log_probs": head | {"cpu": tiles + ("; csrc C++ for bfloat16" if avx512 else "")},
+        "policy_reward_log_probs": head | {"cpu": f"{tiles} over both streams"},
         "log_probs_from_logits": {"cpu": "torch", "cuda": f"triton{absent}"},
         "sample_next": {"cpu": "csrc C++", "cuda": f"triton{absent}"},
         "sample_next_from_hidden": {"cpu": f"{gemm}, then csrc C++", "cuda": f"triton{absent}"},

@@ -1,5 +1,6 @@
 """Log-probabilities of the head without the (R, V) logits: the dispatcher op `fastgfn::linear_log_probs` and
-its two backward ops. Equations: `reference/linear_log_probs.py`.
+its two backward ops. Equations: `reference/linear_log_probs.py`. Providers: `ops/head.py`; the one below, in
+torch, is "tiles", the only one on the CPU.
 
 The vocabulary is cut into tiles and is the outer loop: the weight is read once per pass, a tile of logits
 stays in cache, and the weight gradient of a tile is written once. The columns to read are a sorted list of
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fastgfn._C  # noqa: F401
+from fastgfn.ops import head
 from fastgfn.ops.linear import product
 
 # Logits of one tile are (R, VOCAB_TILE); wider tiles leave the cache and were slower at every R.
@@ -26,13 +28,19 @@ def linear_log_probs(
     *,
     termination_token_id: int | None,
     bias: Tensor | None,
-    logit_bias: Tensor | None,
+    logit_bias: Tensor | None,  # (V,), or (2, V) with num_policy
     logit_scale: float,
     final_logit_softcap: float | None,
     temperature: float,
     ignore_index: int,
+    provider: str | None = None,
+    num_policy: int | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """log_pf (M,), log_pterm (R,) or None, lse (R,); see `functional.log_probs.linear_log_probs`.
+
+    provider: one of `head.PROVIDERS`; None follows the table there.
+    num_policy: rows from there on take the second logit_bias and get no gradient (their outputs must not be
+        used for one); None: all rows are alike.
 
     The distinct entries are counted on the host (one synchronisation on CUDA).
     """
@@ -45,6 +53,14 @@ def linear_log_probs(
         keys = torch.cat([keys, termination_token_id * num_rows + row_ids])
     entries, slot = keys.unique(return_inverse=True)
     is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or not is_frozen)
+    provider = head.choose_provider(
+        "linear_log_probs" if num_policy is None else "policy_reward_log_probs",
+        provider,
+        hidden,
+        wants_grad=wants_grad,
+        saves_grad=wants_grad and is_frozen,
+    )
     log_p, lse, *_ = torch.ops.fastgfn.linear_log_probs(
         hidden,
         weight,
@@ -55,11 +71,46 @@ def linear_log_probs(
         logit_scale,
         final_logit_softcap,
         temperature,
-        is_frozen and hidden.requires_grad and torch.is_grad_enabled(),
+        wants_grad and is_frozen,
+        provider,
+        num_policy,
     )
     log_p = log_p.index_select(0, slot)
     log_pf = log_p[:num_targets].masked_fill(ignored, 0.0)
     return log_pf, None if termination_token_id is None else log_p[num_targets:], lse
+
+
+def policy_reward_log_probs(
+    policy_hidden: Tensor,  # (R1, D)
+    reward_hidden: Tensor,  # (R2, D)
+    weight: Tensor,
+    targets: tuple[Tensor, Tensor],  # (M1,), (M2,)
+    rows: tuple[Tensor, Tensor],  # (M1,) in [0, R1), (M2,) in [0, R2)
+    *,
+    policy_logit_bias: Tensor | None,
+    reward_logit_bias: Tensor | None,
+    **options,  # of linear_log_probs
+) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    """`linear_log_probs` of both streams in one pass over the head; the second without gradient."""
+    num_policy, num_targets = policy_hidden.shape[0], targets[0].shape[0]
+    biases = (policy_logit_bias, reward_logit_bias)
+    given = [b for b in biases if b is not None]
+    log_pf, log_pterm, lse = linear_log_probs(
+        torch.cat([policy_hidden, reward_hidden.detach()]),
+        weight,
+        torch.cat(targets),
+        torch.cat([rows[0], rows[1] + num_policy]),
+        logit_bias=torch.stack([torch.zeros_like(given[0]) if b is None else b for b in biases])
+        if given
+        else None,
+        num_policy=num_policy,
+        **options,
+    )
+    stops = (None, None)
+    if log_pterm is not None:
+        stops = (log_pterm[:num_policy], log_pterm[num_policy:].detach())
+    policy = (log_pf[:num_targets], stops[0], lse[:num_policy])
+    return [policy, (log_pf[num_targets:].detach(), stops[1], lse[num_policy:].detach())]
 
 
 @torch.library.custom_op("fastgfn::linear_log_probs", mutates_args=())
@@ -67,29 +118,40 @@ def _linear_log_probs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    logit_bias: Tensor | None,
+    logit_bias: Tensor | None,  # (V,) or (2, V)
     rows: Tensor,  # (E,) int64
     columns: Tensor,  # (E,) int64; (column, row) sorted and distinct
     logit_scale: float,
     softcap: float | None,
     temperature: float,
     save_row_grad: bool,
+    provider: str = "tiles",
+    num_policy: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """log p (E,), lse (R,), softcap' (E,), the parts of lse (2, R): maximum and rest, o (R, D) or (0,)."""
-    if uses_csrc(hidden, weight):
+    """log p (E,), lse (R,), softcap' (E,), the parts of lse (2, R): maximum and rest, o or (0,).
+
+    o is (R, D), or (num_policy, D).
+    """
+    num_rows, width = hidden.shape
+    graded = num_rows if num_policy is None else num_policy
+    if provider != "tiles":
+        scales = (logit_scale, softcap, temperature)
+        return head.forward(
+            provider, hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded
+        )
+    if graded == num_rows and uses_csrc(hidden, weight):
         return _by_csrc(
             hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, temperature, save_row_grad
         )
-    num_rows, width = hidden.shape
     x = _scaled_hidden(hidden, logit_scale, softcap, temperature)
     # Finite, so that a tile of -inf logits adds exp(-inf - peak) = 0 instead of exp(nan).
     peak = x.new_full((num_rows, 1), torch.finfo(x.dtype).min)
     total = x.new_zeros(num_rows, 1)
-    row_grad = x.new_zeros((num_rows, width) if save_row_grad else (0,))
+    row_grad = x.new_zeros((graded, width) if save_row_grad else (0,))
     logits, slope = x.new_empty(rows.shape), x.new_ones(rows.shape)
     for span, own in _tiles(columns, weight.shape[0]):
         w = weight[span]
-        z, s = _tile_logits(x, w, bias, logit_bias, span, logit_scale, softcap, temperature)
+        z, s = _tile_logits(x, w, bias, logit_bias, span, logit_scale, softcap, temperature, graded)
         at = (rows[own], columns[own] - span.start)
         logits[own] = z[at]
         if s is not None:
@@ -102,11 +164,11 @@ def _linear_log_probs(
             z[at] = 0.0
             if s is not None:
                 z.mul_(s)
-            row_grad.mul_(shrink).add_(product(z.to(w.dtype), w.T))
+            row_grad.mul_(shrink[:graded]).add_(product(z[:graded].to(w.dtype), w.T))
     log_total = total.log()
     log_p = (logits - peak[rows, 0]) - log_total[rows, 0]
     if save_row_grad:
-        row_grad.div_(total)
+        row_grad.div_(total[:graded])
     lse_parts = torch.cat([peak, log_total], dim=1).T.contiguous()
     return log_p, lse_parts.sum(0), slope, lse_parts, row_grad
 
@@ -123,9 +185,15 @@ def _frozen_backward(
     row_grad: Tensor,
     factor: float,
 ) -> Tensor:
-    """d hidden (R, D) in the dtype of `weight`, from the saved o: no product over the vocabulary."""
+    """d hidden (R, D) in the dtype of `weight`, from the saved o: no product over the vocabulary.
+
+    Rows that o lacks have no upstream gradient.
+    """
     rest, at_entries = _logit_grads(grad_log_p, grad_lse, rows, log_p, slope)
-    grad = row_grad * rest[:, None]
+    graded, num_rows = row_grad.shape[0], rest.shape[0]
+    grad = row_grad * rest[:graded, None]
+    if graded < num_rows:
+        grad = torch.nn.functional.pad(grad, (0, 0, 0, num_rows - graded))
     grad.index_add_(0, rows, at_entries[:, None] * weight[columns].to(grad.dtype))
     return grad.mul_(factor).to(weight.dtype)
 
@@ -146,6 +214,7 @@ def _backward(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    num_policy: int | None,
     needs: list[bool],  # d hidden, d weight, d bias
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d hidden (R, D), d weight (V, D), d bias (V,), each (0,) if not needed; the logits are recomputed."""
@@ -154,12 +223,13 @@ def _backward(
     factor = logit_scale / temperature
     peak, log_total = lse_parts[:, :, None]
     need_hidden, need_weight, need_bias = needs
+    graded = x.shape[0] if num_policy is None else num_policy
     grad_hidden = x.new_zeros(hidden.shape if need_hidden else (0,))
     grad_weight = weight.new_empty(weight.shape if need_weight else (0,))
     grad_bias = weight.new_empty(weight.shape[:1] if need_bias else (0,))
     for span, own in _tiles(columns, weight.shape[0]):
         w = weight[span]
-        z, s = _tile_logits(x, w, bias, logit_bias, span, logit_scale, softcap, temperature)
+        z, s = _tile_logits(x, w, bias, logit_bias, span, logit_scale, softcap, temperature, graded)
         z.sub_(peak).sub_(log_total).exp_().mul_(rest[:, None])
         if s is not None:
             z.mul_(s)
@@ -235,6 +305,7 @@ def _tile_logits(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    num_policy: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Logits of a tile and, with a softcap, its derivative; x is already scaled by `_scaled_hidden`."""
     z = product(x, weight.to(x.dtype))
@@ -245,8 +316,11 @@ def _tile_logits(
         z.tanh_()
         slope = 1.0 - z * z
         z.mul_(softcap / temperature)
-    if logit_bias is not None:
+    if logit_bias is not None and logit_bias.dim() == 1:
         z.add_(logit_bias[span].to(x.dtype), alpha=1.0 / temperature)
+    elif logit_bias is not None:
+        for part, mask in zip((z[:num_policy], z[num_policy:]), logit_bias[:, span], strict=True):
+            part.add_(mask.to(x.dtype), alpha=1.0 / temperature)
     return z, slope
 
 
@@ -272,9 +346,12 @@ def _(hidden, weight, bias, logit_bias, rows, columns, scale, softcap, want_grad
 
 
 @_linear_log_probs.register_fake
-def _(hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, temperature, save_row_grad):
-    num_rows, num_entries = hidden.shape[0], rows.shape[0]
-    row_grad = hidden.shape if save_row_grad else (0,)
+def _(
+    hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, temperature, save_row_grad,
+    provider="tiles", num_policy=None,
+):  # fmt: skip
+    (num_rows, width), num_entries = hidden.shape, rows.shape[0]
+    row_grad = (num_rows if num_policy is None else num_policy, width) if save_row_grad else (0,)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     shapes = ((num_entries,), (num_rows,), (num_entries,), (2, num_rows), row_grad)
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
@@ -282,20 +359,20 @@ def _(hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, tem
 
 @_frozen_backward.register_fake
 def _(grad_log_p, grad_lse, weight, rows, columns, log_p, slope, row_grad, factor):
-    return row_grad.new_empty(row_grad.shape, dtype=weight.dtype)
+    return weight.new_empty(grad_lse.shape[0], weight.shape[1])
 
 
 @_backward.register_fake
 def _(
     grad_log_p, grad_lse, hidden, weight, bias, logit_bias, rows, columns, log_p, slope,
-    lse_parts, logit_scale, softcap, temperature, needs,
+    lse_parts, logit_scale, softcap, temperature, num_policy, needs,
 ):  # fmt: skip
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(weight.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, bias, logit_bias, rows, columns, *ctx.scales, ctx.has_row_grad = inputs
+    hidden, weight, bias, logit_bias, rows, columns, *ctx.scales, ctx.has_row_grad, _, ctx.num_policy = inputs
     log_p, _, slope, lse_parts, row_grad = output
     ctx.mark_non_differentiable(slope, lse_parts, row_grad)
     if ctx.has_row_grad:
@@ -310,12 +387,12 @@ def _gradient(ctx, grad_log_p, grad_lse, *unused):
         grad = torch.ops.fastgfn.linear_log_probs_frozen_backward(
             grad_log_p, grad_lse, *ctx.saved_tensors, factor
         )
-        return grad, *[None] * 9
+        return grad, *[None] * 11
     needs = list(ctx.needs_input_grad[:3])
     grads = torch.ops.fastgfn.linear_log_probs_backward(
-        grad_log_p, grad_lse, *ctx.saved_tensors, *ctx.scales, needs
+        grad_log_p, grad_lse, *ctx.saved_tensors, *ctx.scales, ctx.num_policy, needs
     )
-    return *[g if need else None for g, need in zip(grads, needs, strict=True)], *[None] * 7
+    return *[g if need else None for g, need in zip(grads, needs, strict=True)], *[None] * 9
 
 
 torch.library.register_autograd("fastgfn::linear_log_probs", _gradient, setup_context=_save)

@@ -42,3 +42,25 @@ def linear_log_probs(
     log_pf = log_p[rows, targets.masked_fill(ignored, 0)].masked_fill(ignored, 0.0)
     log_pterm = None if termination_token_id is None else log_p[:, termination_token_id]
     return log_pf, log_pterm, logits.logsumexp(dim=1)
+
+
+def policy_reward_log_probs(
+    policy_hidden: Tensor,  # (R1, D)
+    reward_hidden: Tensor,  # (R2, D)
+    weight: Tensor,  # (V, D)
+    targets: tuple[Tensor, Tensor],  # (M1,), (M2,)
+    *,
+    rows: tuple[Tensor, Tensor],  # (M1,), (M2,)
+    policy_logit_bias: Tensor | None = None,  # (V,)
+    reward_logit_bias: Tensor | None = None,  # (V,)
+    **options,  # of linear_log_probs
+) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+    """`linear_log_probs` of the policy's and of the reward model's rows, the second without gradient."""
+    policy = linear_log_probs(
+        policy_hidden, weight, targets[0], rows=rows[0], logit_bias=policy_logit_bias, **options
+    )
+    with torch.no_grad():
+        reward = linear_log_probs(
+            reward_hidden, weight, targets[1], rows=rows[1], logit_bias=reward_logit_bias, **options
+        )
+    return [policy, reward]
