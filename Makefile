@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 SEED ?= 0
 RUN ?= runs/demo
+REPORT ?= .benchmarks/full.json
 # The extension is built against this torch; CUDA machines may set TORCH to an installed version's pin.
 TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
@@ -39,8 +40,10 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 
 bench: install
-	$(VENV)/bin/python bench/bench_subtb.py
+	mkdir -p $(dir $(REPORT))
+	$(VENV)/bin/pytest bench --benchmark-only --shapes full --peak=fwd+ --benchmark-json $(REPORT)
 	$(VENV)/bin/python bench/bench_step.py
+	$(VENV)/bin/python bench/rows.py $(REPORT)
 
 # On a CUDA machine with its own torch: GPU tests, sanitizer, benches; rows and logs go to $OUT.
 gpu-check:

@@ -1,6 +1,7 @@
 """What every bench shares: interleaved timing, peak memory of a fresh process, provenance, CSV rows."""
 
 import csv
+import ctypes
 import gc
 import json
 import os
@@ -27,26 +28,66 @@ class PeakMemory(NamedTuple):
     peak_bytes: int
 
 
-def time_interleaved(
-    providers: dict[str, Callable[[], None]], repeats: int, warmup: int = 1
-) -> dict[str, list[float]]:
-    """Wall time in ms of every provider, `repeats` values each, measured in turns in this process.
+class Turns:
+    """Providers that take turns in this process: every call is one round, which times each of them once.
 
-    The order is rotated every round, so that drift of the machine falls on all providers alike.
+    times[name] holds the wall time in ms of every round so far. The order is rotated every round, so that
+    drift of the machine falls on all providers alike.
     """
-    names = list(providers)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for r in range(warmup + repeats):
+
+    def __init__(self, providers: dict[str, Callable[[], object]]) -> None:
+        self.providers = providers
+        self.times: dict[str, list[float]] = {name: [] for name in providers}
+        self.round = 0
+
+    def order(self) -> list[str]:
+        names = list(self.providers)
+        shift = self.round % len(names)
+        self.round += 1
+        return names[shift:] + names[:shift]
+
+    def __call__(self) -> None:
         gc.collect()
-        shift = r % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in self.order():
             _synchronize()
             start = time.perf_counter()
-            providers[name]()
+            self.providers[name]()
             _synchronize()
-            if r >= warmup:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return times
+            self.times[name].append((time.perf_counter() - start) * 1e3)
+
+
+def time_interleaved(
+    providers: dict[str, Callable[[], object]], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Wall time in ms of every provider, `repeats` values each, taken in turns after `warmup` rounds."""
+    turns = Turns(providers)
+    for _ in range(warmup + repeats):
+        turns()
+    return {name: values[warmup:] for name, values in turns.times.items()}
+
+
+def time_on_device(
+    providers: dict[str, Callable[[], object]], host_ms: dict[str, float], repeats: int
+) -> dict[str, list[float]]:
+    """GPU time in ms of every provider, in turns: between two events, behind a backlog, with a cold L2 cache.
+
+    The backlog lasts as long as the provider takes on the host (`host_ms`, at most 20 ms), so that launches
+    are queued when their turn comes; a provider that waits for the GPU shows its gaps all the same.
+    """
+    turns = Turns(providers)
+    cache = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    for _ in range(repeats):
+        for name in turns.order():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cache.zero_()
+            # About 2e6 cycles a millisecond.
+            torch.cuda._sleep(int(2e6 * (0.1 + min(host_ms[name], 20.0))))
+            start.record()
+            providers[name]()
+            end.record()
+            torch.cuda.synchronize()
+            turns.times[name].append(start.elapsed_time(end))
+    return turns.times
 
 
 def percentiles(values: Sequence[float], prefix: str = "ms") -> dict[str, float]:
@@ -59,12 +100,18 @@ def percentiles(values: Sequence[float], prefix: str = "ms") -> dict[str, float]
     }
 
 
-def report_peak(step: Callable[[], None]) -> None:
+def report_peak(step: Callable[[], object], *, warm: bool = False) -> None:
     """In the child of `peak_memory`: run `step` once and print its PeakMemory as the last line.
 
-    The high-water mark is reset first, so that a transient of loading the model does not count.
+    The high-water mark is reset first, so that a transient of loading the model does not count. `warm` runs
+    the step once before that and gives back what it freed, so that compiling and tuning do not count either.
     """
+    if warm:
+        step()
     gc.collect()
+    if warm:
+        # Linux with glibc, as /proc below.
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         baseline = torch.cuda.memory_allocated()
@@ -93,8 +140,9 @@ def peak_memory(argv: Sequence[str]) -> PeakMemory:
 def provenance() -> dict[str, str | int]:
     """The columns that every row carries: when, which code, which machine, which versions.
 
-    `dirty` is 1 if any file outside bench/results differs from the commit or is not in it; outside a git
-    checkout `commit` is "unknown" and `dirty` 1.
+    `dirty` is 1 if any file outside bench/results differs from the commit or is not in it. A copy without git
+    takes `commit` from FASTGFN_COMMIT, which must name the clean commit that was copied; without that,
+    `commit` is "unknown" and `dirty` 1.
     """
     return {
         "date": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
@@ -104,8 +152,8 @@ def provenance() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": version("triton"),
+        "transformers": version("transformers"),
     }
 
 
@@ -117,11 +165,17 @@ def device_name() -> str:
     return f"{found.group(1) if found else platform.machine()} x{os.cpu_count()}"
 
 
-def append_rows(bench: str, rows: list[dict]) -> Path:
+def append_rows(
+    bench: str, rows: list[dict], stamp: dict[str, str | int] | None = None, folder: Path | None = None
+) -> Path:
     """Append rows, with provenance, to bench/results/<device>/<bench>.csv and return that path.
 
+    stamp: the provenance of rows that another process measured; None: this process's.
+    folder: write to folder/<bench>.csv instead.
+    A file with the first of these columns only gets the new ones, empty in its older rows.
+
     Raises:
-        ValueError: the rows' columns differ from one another or from the header of the file.
+        ValueError: the rows' columns differ from one another or do not extend the header of the file.
     """
     for row in rows:
         if list(row) != list(rows[0]):
@@ -129,22 +183,24 @@ def append_rows(bench: str, rows: list[dict]) -> Path:
                 f"append_rows: every row must have columns {list(rows[0])}, got {list(row)}; "
                 "give every row the same keys in the same order"
             )
-    stamp = provenance()
+    stamp = provenance() if stamp is None else stamp
     header = list(stamp) + list(rows[0])
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    path = RESULTS / slug / f"{bench}.csv"
+    slug = re.sub(r"[^a-z0-9]+", "-", str(stamp["device"]).lower()).strip("-")
+    path = (RESULTS / slug if folder is None else folder) / f"{bench}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    if not is_new:
-        have = path.read_text().split("\n", 1)[0].split(",")
-        if have != header:
-            raise ValueError(
-                f"append_rows: columns must be {have} as in {path}, got {header}; rename the old file"
-            )
+    if not path.exists():
+        path.write_text(",".join(header) + "\n")
+    first, *older = path.read_text().splitlines()
+    have = first.split(",")
+    if have != header[: len(have)]:
+        raise ValueError(
+            f"append_rows: columns must begin with {have} as in {path}, got {header}; rename the old file"
+        )
+    new = header[len(have) :]
+    if new:
+        path.write_text("\n".join([",".join(header), *(line + "," * len(new) for line in older)]) + "\n")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=header, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
         for row in rows:
             writer.writerow(stamp | row)
     return path
@@ -168,7 +224,8 @@ def _git(*args: str) -> str:
     return done.stdout.strip()
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Installed version, "none" where the package is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -178,3 +235,5 @@ def _version(package: str) -> str:
 # Read at import: what runs is what was imported, whatever is committed meanwhile.
 COMMIT = _git("rev-parse", "--short=12", "HEAD")
 DIRTY = int(bool(_git("status", "--porcelain", "--", ".", ":!bench/results")))
+if COMMIT == "unknown" and os.getenv("FASTGFN_COMMIT"):
+    COMMIT, DIRTY = os.environ["FASTGFN_COMMIT"], 0

@@ -1,13 +1,18 @@
 """Rewrite the README's tables from the committed rows: `python bench/tables.py`.
 
 Each table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; only the newest rows of clean commits
-count (dirty = 0).
+count (dirty = 0). A case without a row reads "not measured".
 """
 
 import csv
+import importlib
 import re
+from functools import partial
 
 import harness
+import suite
+
+OPS = ("head", "subtb", "attention", "draw")
 
 
 def read(bench: str) -> list[dict]:
@@ -78,21 +83,81 @@ def step() -> str:
     )
 
 
-def subtb() -> str:
-    rows = read("subtb")
-    rows = newest([r for r in rows if r["N"] == rows[-1]["N"]], "provider", "L")
-    providers = sorted({r["provider"] for r in rows}, key=lambda p: (p != "fastgfn", p))
-    lengths = sorted({int(r["L"]) for r in rows})
-    cell = {(r["provider"], int(r["L"])): f"{float(r['ms_p50']):.2f}" for r in rows}
-    body = [[str(t), *(cell.get((p, t), "") for p in providers)] for t in lengths]
-    note = f"ms, forward and backward, N = {rows[0]['N']}, {rows[0]['device']}."
-    return f"{table(['transitions', *providers], body)}\n\n{note}"
+def op(name: str) -> str:
+    """A line per case of an op bench on a CPU and on a GPU; rivals as multiples of fastgfn's time."""
+    bench = importlib.import_module(f"test_bench_{name}").BENCH
+    cases = [c for device in ("cpu", "cuda") for c in bench.cases(device, "full")]
+    lines = [(case, newest_run(name, case)) for case in cases]
+    done = {p for _, run in lines for p, r in run.items() if r["ms_p50"]}
+    rivals = [p for p in bench.providers if p in done and p != "fastgfn"]
+    sizes = list(dict(cases[0].sizes))
+    header = ["machine", "mode", "dtype", *sizes, "fastgfn", "extra memory", "of gemm", *rivals]
+    body = []
+    for case, run in lines:
+        machine = "GPU" if case.device == "cuda" else "CPU"
+        shape = [machine, case.mode, case.dtype, *(str(case[s]) for s in sizes)]
+        body.append(shape + cells(run, rivals))
+    columns = [i for i, title in enumerate(header) if title != "of gemm" or bench.norm(cases[0])]
+    text = table([header[i] for i in columns], [[line[i] for i in columns] for line in body])
+    stamps = {f"{r['device']}, commit {r['commit']}" for _, run in lines for r in run.values()}
+    notes = ["Times are medians; a rival's is a multiple of fastgfn's.", *sorted(stamps)]
+    return f"{text}\n\n{'; '.join(notes)}{reasons(lines)}"
+
+
+def newest_run(name: str, case: suite.Case) -> dict[str, dict]:
+    """provider -> row of the newest clean run of a case."""
+    want = {"mode": case.mode, "dtype": case.dtype, **{k: str(v) for k, v in case.sizes}}
+    rows = [r for r in read(name) if is_gpu(r) == (case.device == "cuda")]
+    rows = [r for r in rows if all(r[k] == v for k, v in want.items())]
+    return {r["provider"]: r for r in rows if r["date"] == rows[-1]["date"]}
+
+
+def is_gpu(row: dict) -> bool:
+    # A processor's name ends in its number of cores.
+    return re.search(r" x\d+$", row["device"]) is None
+
+
+def cells(run: dict[str, dict], rivals: list[str]) -> list[str]:
+    """fastgfn's time, memory and multiple of the bare products, then the rivals' multiples of its time."""
+    mine = run.get("fastgfn")
+    if mine is None:
+        return ["not measured"] * (3 + len(rivals))
+    if not mine["ms_p50"]:
+        return [mine["status"].split(":")[0], *[""] * (2 + len(rivals))]
+    memory = ""
+    if mine.get("peak_bytes"):
+        memory = f"{(int(mine['peak_bytes']) - int(mine['baseline_bytes'])) / 2**20:.0f} MiB"
+    of_gemm = f"{float(mine['of_gemm']):.2f}" if mine.get("of_gemm") else ""
+    found = [f"{time_of(mine):.3g} ms", memory, of_gemm]
+    for rival in rivals:
+        row = run.get(rival)
+        if row is not None and row["ms_p50"]:
+            found.append(f"{time_of(row) / time_of(mine):.2f}x")
+        else:
+            found.append("not measured" if row is None else row["status"].split(":")[0])
+    return found
+
+
+def time_of(row: dict) -> float:
+    return float(row.get(suite.DEVICE_TIME) or row["ms_p50"])
+
+
+def reasons(lines: list[tuple[suite.Case, dict[str, dict]]]) -> str:
+    """Why a provider has no time, each reason once."""
+    found = {
+        f"{p} ({'GPU' if case.device == 'cuda' else 'CPU'}): {r['status']}": None
+        for case, run in lines
+        for p, r in run.items()
+        if r.get("status") not in (None, "", "ok")
+    }
+    return "".join(f"; {reason}" for reason in found) + "."
 
 
 def main() -> None:
     path = harness.ROOT / "README.md"
     text = path.read_text()
-    for name, make in (("rng", rng), ("step", step), ("subtb", subtb)):
+    makers = {"rng": rng, "step": step} | {name: partial(op, name) for name in OPS}
+    for name, make in makers.items():
         block = f"<!-- begin {name} -->\n{make()}\n<!-- end {name} -->"
         pattern = rf"<!-- begin {name} -->.*?<!-- end {name} -->"
         text, found = re.subn(pattern, lambda _, b=block: b, text, flags=re.S)

@@ -1,0 +1,67 @@
+"""Options and the `measure` fixture of the op benches: `pytest bench --benchmark-only [--shapes full]`."""
+
+from pathlib import Path
+
+import harness
+import pytest
+import suite
+import torch
+
+REPEATS = {"short": 5, "full": 15}
+RESULTS = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastgfn benches")
+    group.addoption("--shapes", choices=list(REPEATS), default="short", help="short runs anywhere in minutes")
+    group.addoption("--rounds", type=int, help="timed rounds of every case, default 5 (short) or 15 (full)")
+    group.addoption("--peak", help="also peak memory, in the cases whose id contains this text")
+
+
+def pytest_configure(config):
+    config.stash[RESULTS] = []
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        cases = metafunc.module.BENCH.cases(device, metafunc.config.getoption("shapes"))
+        metafunc.parametrize("case", cases, ids=str)
+
+
+@pytest.fixture
+def measure(benchmark, request):
+    """measure(bench, case): check every provider, time the right ones in turns, attach the rows.
+
+    pytest-benchmark drives the rounds, and its own statistics are those of one round of all providers; the
+    figures of a provider are in extra_info, from where rows.py takes them.
+    """
+
+    def run(bench: suite.Bench, case: suite.Case) -> list[dict]:
+        inputs = bench.make_inputs(case)
+        prepared = suite.prepare(bench, case, inputs)
+        turns = harness.Turns(prepared.runs)
+        rounds = request.config.getoption("rounds") or REPEATS[request.config.getoption("shapes")]
+        benchmark.pedantic(turns, rounds=rounds, warmup_rounds=1)
+        times = {name: values[-rounds:] for name, values in turns.times.items()}
+        on_device = None
+        if case.device == "cuda":
+            host_ms = {name: min(values) for name, values in times.items()}
+            on_device = harness.time_on_device(prepared.runs, host_ms, rounds)
+        peaks, wanted = {}, request.config.getoption("peak")
+        if wanted is not None and wanted in str(case):
+            script = str(Path(__file__).parent / "peak.py")
+            for name in prepared.runs:
+                peaks[name] = harness.peak_memory([script, request.module.__file__, str(case), name])
+        rows = suite.make_rows(bench, case, prepared, times, on_device, peaks)
+        benchmark.extra_info.update(bench=bench.name, rows=rows, provenance=harness.provenance(), ms=times)
+        request.config.stash[RESULTS].append((f"{bench.name} {case}", rows))
+        return rows
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for title, rows in config.stash[RESULTS]:
+        terminalreporter.section(title, sep="-")
+        terminalreporter.line(suite.describe(rows))
