@@ -1,11 +1,12 @@
 """The padded SubTB loss, forward and backward: all windows pooled, or averaged per trajectory.
 
 Mode "fwd+bwd" pools the windows of the batch; "fwd+bwd,trajectory" weighs every trajectory alike, as
-torchgfn's geometric_within does, with lambda below 1 because its closed form divides by 1 - lambda.
+torchgfn's geometric_within does, with its default lambda of 0.9.
 """
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -126,10 +127,47 @@ def loop(case: Case, inputs: Inputs) -> Step:
 
 
 def torchgfn(case: Case, inputs: Inputs) -> Step:
-    need_few_windows(case)
+    """geometric_within on the given tensors: its own loss, with the policies' outputs put in their place.
+
+    Its (L, N) layout and -inf marks are made within the step, a few passes over N L against L of them.
+    """
     if case.mode != BY_ROW:
-        raise NotAvailable("geometric_within divides by 1 - lambda; see the mode per trajectory")
-    raise NotAvailable("TODO")
+        raise NotAvailable("averages per trajectory, see that mode")
+    need_few_windows(case)
+    from gfn.gflownet import SquaredLoss, SubTBGFlowNet
+
+    class Trajectories(SimpleNamespace):
+        def __len__(self) -> int:
+            return self.batch_size
+
+    class Given(SubTBGFlowNet):
+        def __init__(self, subtb_lambda: float) -> None:
+            torch.nn.Module.__init__(self)
+            self.lamda, self.weighting, self.loss_fn = subtb_lambda, "geometric_within", SquaredLoss()
+            self.debug, self.log_reward_clip_min, self.forward_looking = False, -float("inf"), False
+
+        def get_pfs_and_pbs(self, trajectories, **options):
+            return trajectories.log_pf, torch.zeros_like(trajectories.log_pf)
+
+        def calculate_log_state_flows(self, env, trajectories, log_pf):
+            return trajectories.log_flow
+
+    objective, lengths = Given(case["subtb_lambda"]), inputs.lengths
+    time = torch.arange(case["L"], device=lengths.device)[:, None]
+
+    def loss(case: Case, given: Inputs) -> Tensor:
+        trajectories = Trajectories(
+            batch_size=case["N"],
+            max_length=case["L"],
+            terminating_idx=lengths,
+            actions=SimpleNamespace(is_exit=time == lengths - 1),
+            log_pf=given.log_pf.T.masked_fill(time >= lengths, 0.0),
+            log_flow=given.log_flow[:, :-1].T.masked_fill(time >= lengths, -torch.inf),
+            log_rewards=given.log_flow.gather(1, lengths[:, None])[:, 0],
+        )
+        return objective.loss(SimpleNamespace(), trajectories, reduction="sum")
+
+    return step(case, inputs, loss)
 
 
 def closed_form(
