@@ -185,8 +185,9 @@ def append_rows(
             )
     stamp = provenance() if stamp is None else stamp
     header = list(stamp) + list(rows[0])
-    slug = re.sub(r"[^a-z0-9]+", "-", str(stamp["device"]).lower()).strip("-")
-    path = (RESULTS / slug if folder is None else folder) / f"{bench}.csv"
+    if folder is None:
+        folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", str(stamp["device"]).lower()).strip("-")
+    path = folder / f"{bench}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         path.write_text(",".join(header) + "\n")

@@ -19,7 +19,7 @@ TEMPERATURE = 1.5
 # Standard deviations of the mean log-prob of the draws: never reached by chance in a run.
 MOST_SIGMAS = 6.0
 SHAPES = {
-    "short": [dict(R=16, V=1000)],
+    "short": [dict(R=64, V=1000)],
     "cpu": [dict(R=20, V=49152), dict(R=64, V=49152), dict(R=64, V=128256)],
     "cuda": [dict(R=64, V=49152), dict(R=64, V=128256), dict(R=256, V=128256)],
 }

@@ -172,15 +172,15 @@ def torch_fused(case: Case, inputs: Inputs, chunked: bool) -> Step:
     return step(case, inputs, fair(loss))
 
 
-def cut_cross_entropy(case: Case, inputs: Inputs, impl: str) -> Step:
-    """Its default drops gradient tiles below 2^-12; cce_exact does not."""
+def cut_cross_entropy(case: Case, inputs: Inputs, impl: str, **options: object) -> Step:
+    """Its default drops gradient tiles of small probabilities; filter_eps=None does not."""
     if impl != "torch_compile":
         need_cuda(case)
     from cut_cross_entropy import linear_cross_entropy
 
     if impl == "torch_compile":
         torch._dynamo.reset()
-    return step(case, inputs, fair(partial(linear_cross_entropy, reduction="none", impl=impl)))
+    return step(case, inputs, fair(partial(linear_cross_entropy, reduction="none", impl=impl, **options)))
 
 
 def liger(case: Case, inputs: Inputs, chunk_mem: int | None) -> Step:
@@ -276,7 +276,7 @@ BENCH = Bench(
     make_inputs=make_inputs,
     providers={
         "fastgfn": Provider(of(fastgfn)),
-        "fastgfn_logits": Provider(of(fastgfn_logits)),
+        "fastgfn_logits": Provider(of(fastgfn_logits), has_logits=True),
         "eager": Provider(of(eager)),
         "eager_low": Provider(eager_low_step),
         "compile": Provider(compiled),
@@ -284,7 +284,7 @@ BENCH = Bench(
         "torch_lce": Provider(partial(torch_fused, chunked=False)),
         "torch_lce_chunked": Provider(partial(torch_fused, chunked=True)),
         "cce": Provider(partial(cut_cross_entropy, impl="cce"), "cut-cross-entropy"),
-        "cce_exact": Provider(partial(cut_cross_entropy, impl="cce_exact"), "cut-cross-entropy"),
+        "cce_exact": Provider(partial(cut_cross_entropy, impl="cce", filter_eps=None), "cut-cross-entropy"),
         "cce_compile": Provider(partial(cut_cross_entropy, impl="torch_compile"), "cut-cross-entropy"),
         "liger": Provider(partial(liger, chunk_mem=None), "liger-kernel"),
         "liger_tuned": Provider(partial(liger, chunk_mem=16), "liger-kernel"),
@@ -294,7 +294,7 @@ BENCH = Bench(
     },
     truth=truth,
     error=error,
-    tolerance={"float32": (1e-5, 1e-4), "bfloat16": (5e-3, 1e-1)},
+    tolerance={"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)},
     work=work,
     norm=lambda case: "gemm",
 )
