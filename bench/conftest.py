@@ -7,14 +7,16 @@ import pytest
 import suite
 import torch
 
-REPEATS = {"short": 5, "full": 15}
+# Fewest and most timed rounds of a case, between which they fill about a minute.
+ROUNDS = {"short": (5, 5), "full": (5, 25)}
+CASE_MS = 60e3
 RESULTS = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastgfn benches")
-    group.addoption("--shapes", choices=list(REPEATS), default="short", help="short runs anywhere in minutes")
-    group.addoption("--rounds", type=int, help="timed rounds of every case, default 5 (short) or 15 (full)")
+    group.addoption("--shapes", choices=list(ROUNDS), default="short", help="short runs anywhere in minutes")
+    group.addoption("--rounds", type=int, help="timed rounds of a case, default 5 (short), 5 to 25 (full)")
     group.addoption("--peak", help="also peak memory, in the cases whose id contains this text")
 
 
@@ -38,11 +40,17 @@ def measure(benchmark, request):
     """
 
     def run(bench: suite.Bench, case: suite.Case) -> list[dict]:
+        # What earlier cases compiled counts towards a limit of versions per function.
+        torch.compiler.reset()
         inputs = bench.make_inputs(case)
         prepared = suite.prepare(bench, case, inputs)
         turns = harness.Turns(prepared.runs)
-        rounds = request.config.getoption("rounds") or REPEATS[request.config.getoption("shapes")]
-        benchmark.pedantic(turns, rounds=rounds, warmup_rounds=1)
+        turns()
+        rounds = request.config.getoption("rounds")
+        if rounds is None:
+            fewest, most = ROUNDS[request.config.getoption("shapes")]
+            rounds = min(most, max(fewest, int(CASE_MS / sum(ms[-1] for ms in turns.times.values()))))
+        benchmark.pedantic(turns, rounds=rounds)
         times = {name: values[-rounds:] for name, values in turns.times.items()}
         on_device = None
         if case.device == "cuda":

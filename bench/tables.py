@@ -100,8 +100,8 @@ def op(name: str) -> str:
     columns = [i for i, title in enumerate(header) if title != "of gemm" or bench.norm(cases[0])]
     text = table([header[i] for i in columns], [[line[i] for i in columns] for line in body])
     stamps = {f"{r['device']}, commit {r['commit']}" for _, run in lines for r in run.values()}
-    notes = ["Times are medians; a rival's is a multiple of fastgfn's.", *sorted(stamps)]
-    return f"{text}\n\n{'; '.join(notes)}{reasons(lines)}"
+    notes = ["Times are medians; a rival's is a multiple of fastgfn's", *sorted(stamps), *reasons(lines)]
+    return f"{text}\n\n{'; '.join(notes)}."
 
 
 def newest_run(name: str, case: suite.Case) -> dict[str, dict]:
@@ -142,7 +142,7 @@ def time_of(row: dict) -> float:
     return float(row.get(suite.DEVICE_TIME) or row["ms_p50"])
 
 
-def reasons(lines: list[tuple[suite.Case, dict[str, dict]]]) -> str:
+def reasons(lines: list[tuple[suite.Case, dict[str, dict]]]) -> list[str]:
     """Why a provider has no time, each reason once."""
     found = {
         f"{p} ({'GPU' if case.device == 'cuda' else 'CPU'}): {r['status']}": None
@@ -150,7 +150,7 @@ def reasons(lines: list[tuple[suite.Case, dict[str, dict]]]) -> str:
         for p, r in run.items()
         if r.get("status") not in (None, "", "ok")
     }
-    return "".join(f"; {reason}" for reason in found) + "."
+    return list(found)
 
 
 def main() -> None:

@@ -123,7 +123,6 @@ def flex(case: Case, inputs: Inputs) -> Step:
     def sees(b, h, i, j):
         return (j <= i) & (i < end[j])
 
-    torch._dynamo.reset()
     mask = create_block_mask(sees, None, None, size, size, device=case.device)
     attention = torch.compile(flex_attention, dynamic=False)
 

@@ -93,7 +93,6 @@ def eager(draw):
 
 def compiled(draw):
     def prepare(case: Case, inputs: Inputs) -> Step:
-        torch._dynamo.reset()
         run = torch.compile(draw, dynamic=False, fullgraph=True)
         return Step(torch.no_grad()(lambda: run(*inputs)))
 

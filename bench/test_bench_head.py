@@ -151,7 +151,6 @@ def eager_low_step(case: Case, inputs: Inputs) -> Step:
 
 
 def compiled(case: Case, inputs: Inputs) -> Step:
-    torch._dynamo.reset()
     return step(case, inputs, torch.compile(eager, dynamic=False, fullgraph=True))
 
 
@@ -159,15 +158,15 @@ def compiled_tuned(case: Case, inputs: Inputs) -> Step:
     need_cuda(case)
     if dict(case.sizes) != TUNED:
         raise NotAvailable(f"tuned at {TUNED} only, for time")
-    torch._dynamo.reset()
     mode = "max-autotune-no-cudagraphs"
     return step(case, inputs, torch.compile(eager, dynamic=False, fullgraph=True, mode=mode))
 
 
-def torch_fused(case: Case, inputs: Inputs, chunked: bool) -> Step:
+def torch_fused(case: Case, inputs: Inputs, **chunking: object) -> Step:
+    """Without options it keeps the logits; its automatic chunks of N D / V rows wait for the weight."""
     if not hasattr(F, "linear_cross_entropy"):
         raise NotAvailable(f"torch {torch.__version__} has no linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    options = torch.nn.LinearCrossEntropyOptions(**chunking) if chunking else None
     loss = partial(F.linear_cross_entropy, reduction="none", options=options)
     return step(case, inputs, fair(loss))
 
@@ -178,8 +177,6 @@ def cut_cross_entropy(case: Case, inputs: Inputs, impl: str, **options: object) 
         need_cuda(case)
     from cut_cross_entropy import linear_cross_entropy
 
-    if impl == "torch_compile":
-        torch._dynamo.reset()
     return step(case, inputs, fair(partial(linear_cross_entropy, reduction="none", impl=impl, **options)))
 
 
@@ -281,8 +278,9 @@ BENCH = Bench(
         "eager_low": Provider(eager_low_step),
         "compile": Provider(compiled),
         "compile_tuned": Provider(compiled_tuned),
-        "torch_lce": Provider(partial(torch_fused, chunked=False)),
-        "torch_lce_chunked": Provider(partial(torch_fused, chunked=True)),
+        "torch_lce": Provider(torch_fused),
+        "torch_lce_auto": Provider(partial(torch_fused, chunking_method="auto")),
+        "torch_lce_chunked": Provider(partial(torch_fused, chunking_method=None, batch_chunk_size=1024)),
         "cce": Provider(partial(cut_cross_entropy, impl="cce"), "cut-cross-entropy"),
         "cce_exact": Provider(partial(cut_cross_entropy, impl="cce", filter_eps=None), "cut-cross-entropy"),
         "cce_compile": Provider(partial(cut_cross_entropy, impl="torch_compile"), "cut-cross-entropy"),

@@ -94,7 +94,6 @@ def all_pairs(case: Case, inputs: Inputs) -> Step:
 
 def compiled(case: Case, inputs: Inputs) -> Step:
     need_few_pairs(case)
-    torch._dynamo.reset()
     rows = torch.compile(reference.subtb_padded, dynamic=False, fullgraph=True)
     return step(case, inputs, partial(reduced, rows=rows))
 
