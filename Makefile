@@ -41,7 +41,7 @@ lint: install
 
 bench: install
 	mkdir -p $(dir $(REPORT))
-	$(VENV)/bin/pytest bench --benchmark-only --shapes full --peak=fwd+ --benchmark-json $(REPORT)
+	$(VENV)/bin/pytest bench --benchmark-only --shapes full --peak=fwd+ --benchmark-json=$(REPORT)
 	$(VENV)/bin/python bench/bench_step.py
 	$(VENV)/bin/python bench/rows.py $(REPORT)
 

@@ -36,7 +36,7 @@ sanitizer() { compute-sanitizer --tool memcheck --error-exitcode 1 pytest -m gpu
 op() {
   local report status=0
   report=$(mktemp)
-  pytest "bench/test_bench_$1.py" --benchmark-only --shapes full "--peak=$PEAK" --benchmark-json "$report" || status=1
+  pytest "bench/test_bench_$1.py" --benchmark-only --shapes full "--peak=$PEAK" "--benchmark-json=$report" || status=1
   [[ ! -s $report ]] || python3 bench/rows.py "$report" --out "$OUT" || status=1
   rm "$report"
   return $status
