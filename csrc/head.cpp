@@ -177,10 +177,10 @@ std::vector<Entries> entries_by_tile(const Tensor& rows, const Tensor& columns, 
 void check_arguments(const Tensor& hidden, const Tensor& weight, const Tensor& rows, const Tensor& columns) {
   FASTGFN_CHECK_DIM(hidden, 2, kName, "pass (R, D)");
   FASTGFN_CHECK_DIM(weight, 2, kName, "pass (V, D)");
-  FASTGFN_CHECK(hidden.half_type() == at::kFloat || hidden.half_type() == at::kBFloat16, kName, "hidden",
-                "float32 or bfloat16", c10::toString(hidden.half_type()), "cast it");
-  FASTGFN_CHECK(weight.half_type() == hidden.half_type(), kName, "weight",
-                c10::toString(hidden.half_type()), c10::toString(weight.half_type()), "cast it");
+  FASTGFN_CHECK(hidden.scalar_type() == at::kFloat || hidden.scalar_type() == at::kBFloat16, kName, "hidden",
+                "float32 or bfloat16", c10::toString(hidden.scalar_type()), "cast it");
+  FASTGFN_CHECK(weight.scalar_type() == hidden.scalar_type(), kName, "weight",
+                c10::toString(hidden.scalar_type()), c10::toString(weight.scalar_type()), "cast it");
   FASTGFN_CHECK(hidden.size(1) == weight.size(1) && hidden.size(1) % 2 == 0 && weight.size(0) >= 1, kName,
                 "hidden and weight", "(R, D) and (V, D) with even D and V >= 1", weight.sizes(), "pad D");
   FASTGFN_CHECK(hidden.stride(1) == 1 && weight.stride(1) == 1 && weight.stride(0) % 2 == 0, kName, "hidden and weight",
@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> head_forward(
     double softcap, bool want_grad) {
   check_arguments(hidden, weight, rows, columns);
   for (const auto& vector : {bias, logit_bias}) {
-    FASTGFN_CHECK(!vector || (vector->half_type() == at::kFloat && vector->dim() == 1 &&
+    FASTGFN_CHECK(!vector || (vector->scalar_type() == at::kFloat && vector->dim() == 1 &&
                               vector->size(0) == weight.size(0) && vector->is_contiguous()),
                   kName, "bias and logit_bias", "contiguous float32 (V,)", "another", "cast it");
   }

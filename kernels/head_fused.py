@@ -139,7 +139,7 @@ def tile(hidden: Tensor, flags: dict[str, bool]) -> tuple[int, int, int, int, in
         return LARGE
     if capability < (10, 0):
         return LARGE if flags["HAS_SOFTCAP"] else WIDE
-    return SMALL if flags["HAS_SOFTCAP"] else LARGE if any(flags.values()) else WIDE
+    return SMALL if any(flags.values()) else WIDE
 
 
 def fused_parts(

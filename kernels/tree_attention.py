@@ -237,7 +237,7 @@ class Table(NamedTuple):
     grad_q: Blocks
 
 
-# By the padded head dim. The largest blocks that spill nothing on sm_80, and on sm_90 and sm_100.
+# By the padded head dim. The largest blocks that spill nothing on sm_80, sm_90 and sm_100.
 AMPERE = {
     64: Table(Blocks(128, 64, 8, 3), Blocks(32, 64, 4, 3), Blocks(128, 64, 8, 3)),
     128: Table(Blocks(128, 32, 8, 3), Blocks(64, 64, 8, 2), Blocks(128, 32, 8, 2)),
@@ -247,6 +247,11 @@ HOPPER = {
     64: Table(Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 3)),
     128: Table(Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 2)),
     256: Table(Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
+}
+# where the blocks of HOPPER spill
+BLACKWELL = HOPPER | {
+    64: HOPPER[64]._replace(grad_q=Blocks(64, 64, 4, 2)),
+    128: HOPPER[128]._replace(grad_kv=Blocks(32, 64, 8, 2)),
 }
 # float32 without tensor cores, for tests and debugging
 SINGLE = {
@@ -260,9 +265,8 @@ def table(query: Tensor) -> Table:
     """Block sizes for a head dim of at most MAX_HEAD_DIM."""
     tables = SINGLE
     if query.dtype != torch.float32:
-        tables = (
-            AMPERE if query.is_cuda and torch.cuda.get_device_capability(query.device) < (9, 0) else HOPPER
-        )
+        major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
+        tables = AMPERE if major < 9 else HOPPER if major < 10 else BLACKWELL
     return tables[max(64, triton.next_power_of_2(query.shape[2]))]
 
 

@@ -69,7 +69,8 @@ def _attention(dtype, configurations):  # ((capabilities, blocks by head dim), .
     return kinds, variants
 
 
-HALF_KINDS, HALF = _attention("bf16", (((80,), tree_attention.AMPERE), ((90, 100), tree_attention.HOPPER)))
+TABLES = ((80, tree_attention.AMPERE), (90, tree_attention.HOPPER), (100, tree_attention.BLACKWELL))
+HALF_KINDS, HALF = _attention("bf16", tuple(((capability,), table) for capability, table in TABLES))
 ROWS = tuple({"HEAD_DIM": d, "BLOCK_D": d, "BLOCK": tree_attention.BLOCK_ROWS} for d in (64, 256))
 # As at a launch: without it bfloat16 tiles are not copied asynchronously.
 ALIGNED = ("logits_ptr", "hidden_ptr", "weight_ptr", "stride_r", "stride_h_r", "stride_w_v")
@@ -140,7 +141,7 @@ KERNELS = {
         (
             FUSED_OFF | tile(*WIDE) | {"capabilities": (90, 100)},
             *(NO_SOFTCAP | tile(*WIDE) | {"capabilities": (90,)} | width for width in ({}, UNEVEN)),
-            *(NO_SOFTCAP | tile(*LARGE) | {"capabilities": (100,)} | width for width in ({}, UNEVEN)),
+            NO_SOFTCAP | tile(*SMALL) | {"capabilities": (100,)} | UNEVEN,
             FUSED_OFF | tile(*LARGE) | {"capabilities": (80,)},
             FUSED_ON | tile(*LARGE) | {"capabilities": (80, 90)},
             FUSED_ON | tile(*LARGE) | {"capabilities": (80, 90)} | UNEVEN,
