@@ -29,10 +29,11 @@ demo: install
 test: install
 	$(VENV)/bin/pytest
 
-# The oldest supported triton and transformers, in an environment of their own.
+# The oldest supported triton and transformers, in an environment of their own; the interpreter of triton 3.6
+# reads one-element arrays as numbers, which numpy 2.4 refuses.
 test-oldest:
 	$(MAKE) install VENV=$(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 transformers==5.17.0
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 transformers==5.17.0 'numpy<2.4'
 	$(OLDEST)/bin/pytest
 
 lint: install
