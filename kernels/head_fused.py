@@ -15,7 +15,7 @@ from fastgfn.kernels.log_probs import LOWEST, _scales, _tanh
 
 # Tile of rows, vocabulary and width, warps, stages. WIDE needs half as much of L2's bandwidth per product as
 # LARGE; its 128 accumulators per thread leave no registers for the softcap, for a mask on sm_100 and for the
-# operands on sm_80. LARGE has none for the softcap on sm_100.
+# operands on sm_80. On sm_100 LARGE has none for a bias, a mask or the softcap either.
 WIDE = (128, 256, 64, 8, 3)
 LARGE = (128, 128, 64, 8, 4)
 SMALL = (64, 128, 64, 4, 4)

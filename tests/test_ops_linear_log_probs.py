@@ -300,3 +300,14 @@ def test_refuses_bad_input(case):
     with pytest.raises(kind) as error:
         linear_log_probs(**(good | change))
     assert message in str(error.value) and str(error.value).startswith("linear_log_probs: ")
+
+
+def test_the_csrc_pass_refuses_other_dtypes_and_ids_out_of_range():
+    half, ids = torch.zeros(2, 4, dtype=torch.bfloat16), torch.tensor([1])
+    for hidden, weight, columns, message in (
+        (half.float(), half, ids, "hidden must be BFloat16, got Float"),
+        (half, half.float(), ids, "weight must be BFloat16, got Float"),
+        (half, half, ids + 1, r"columns must be in \[0, V\), got 2"),
+    ):
+        with pytest.raises(ValueError, match=f"head_forward: {message}"):
+            torch.ops.fastgfn.head_forward(hidden, weight, None, None, ids, columns, 1.0, 0.0, True)
