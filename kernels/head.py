@@ -18,7 +18,7 @@ from fastgfn.kernels.log_probs import LOWEST, _scales, _transform
 # other's latency.
 ROW_TILE = (4096, 8)
 # Entries: (entries, width of one tile).
-ENTRY_TILE = (16, 128)
+ENTRY_TILE = (16, 256)
 
 
 @triton.jit

@@ -237,7 +237,8 @@ class Table(NamedTuple):
     grad_q: Blocks
 
 
-# By the padded head dim. The largest blocks that spill nothing on sm_80, sm_90 and sm_100.
+# By the padded head dim. The largest blocks that spill nothing under every supported compiler; the second
+# tables are those for a softcap or a window, which need more registers.
 AMPERE = {
     64: Table(Blocks(128, 64, 8, 3), Blocks(32, 64, 4, 3), Blocks(128, 64, 8, 3)),
     128: Table(Blocks(128, 32, 8, 3), Blocks(64, 64, 8, 2), Blocks(128, 32, 8, 2)),
@@ -248,11 +249,21 @@ HOPPER = {
     128: Table(Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 2)),
     256: Table(Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2)),
 }
-# where the blocks of HOPPER spill
-BLACKWELL = HOPPER | {
-    64: HOPPER[64]._replace(grad_q=Blocks(64, 64, 4, 2)),
-    128: HOPPER[128]._replace(grad_kv=Blocks(32, 64, 8, 2)),
+HOPPER_OPTIONS = {
+    64: HOPPER[64]._replace(grad_kv=Blocks(32, 64, 8, 2)),
+    128: Table(Blocks(128, 64, 8, 3), Blocks(32, 64, 8, 2), Blocks(128, 32, 8, 2)),
+    256: HOPPER[256]._replace(grad_q=Blocks(64, 16, 8, 2)),
 }
+BLACKWELL = {
+    64: HOPPER[64]._replace(grad_q=Blocks(64, 64, 8, 2)),
+    128: Table(Blocks(128, 32, 8, 3), Blocks(32, 64, 8, 2), Blocks(128, 32, 8, 2)),
+    256: HOPPER[256],
+}
+BLACKWELL_OPTIONS = BLACKWELL | {
+    256: Table(Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
+}
+# by compute capability: without and with options
+TABLES = {80: (AMPERE, AMPERE), 90: (HOPPER, HOPPER_OPTIONS), 100: (BLACKWELL, BLACKWELL_OPTIONS)}
 # float32 without tensor cores, for tests and debugging
 SINGLE = {
     64: Table(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
@@ -261,13 +272,14 @@ SINGLE = {
 }
 
 
-def table(query: Tensor) -> Table:
+def table(query: Tensor, softcap: float | None, window: int | None) -> Table:
     """Block sizes for a head dim of at most MAX_HEAD_DIM."""
-    tables = SINGLE
-    if query.dtype != torch.float32:
-        major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
-        tables = AMPERE if major < 9 else HOPPER if major < 10 else BLACKWELL
-    return tables[max(64, triton.next_power_of_2(query.shape[2]))]
+    width = max(64, triton.next_power_of_2(query.shape[2]))
+    if query.dtype == torch.float32:
+        return SINGLE[width]
+    major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
+    tables = TABLES[max(80, min(10 * major, 100))]
+    return tables[softcap is not None or window is not None][width]
 
 
 def scales(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -324,6 +336,7 @@ def tree_attention_fwd(
     heads, size, width = query.shape
     out = query.new_empty(size, heads, width).transpose(0, 1)
     lse = query.new_empty(heads, size, dtype=torch.float32)
+    blocks = table(query, softcap, window).fwd
     if size:
         with torch.cuda.device_of(query):
             _tree_attention_fwd_kernel[(plan.shape[0], heads)](
@@ -342,6 +355,6 @@ def tree_attention_fwd(
                 heads // key.shape[0],
                 0 if window is None else window,
                 *scales(scale, softcap),
-                **constants(query, table(query).fwd, softcap, window),
+                **constants(query, blocks, softcap, window),
             )
     return out, lse

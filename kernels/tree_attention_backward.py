@@ -339,7 +339,7 @@ def tree_attention_bwd(
     )
     if not size:
         return grad_query, grad_key, grad_value
-    blocks = table(query)
+    blocks = table(query, softcap, window)
     inputs = (query, key, value, end, position)
     strides = [s for x in (query, key, value, grad_out) for s in x.stride()[:2]]
     numbers = (size, heads // kv_heads, 0 if window is None else window, scale, *scales(scale, softcap))

@@ -6,11 +6,13 @@ The compilation runs in one process of its own (this file as a script), because 
 
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import re
 import subprocess
 import sys
+import tempfile
 
 from fastgfn.kernels import tree_attention
 
@@ -39,38 +41,37 @@ ROW_PASS = HEAD | INDICES | {"p_ptr": "*bf16"}
 FUSED_32 = HEAD | {"hidden_ptr": "*fp32", "weight_ptr": "*fp32", "bias_ptr": "*fp32"}
 
 
-def _attention(dtype, configurations):  # ((capabilities, blocks by head dim), ...)
-    """Argument types (rows of 16 bytes and more are aligned) and constants of the tree attention kernels."""
+def attention_kinds(dtype):
+    """Argument types of the tree attention kernels; rows of 16 bytes and more are aligned."""
     tensors = ("query", "key", "value", "out", "grad", "grad_out", "grad_query", "grad_key", "grad_value")
     kinds = {f"{name}_ptr": f"*{dtype}:16" for name in tensors}
     kinds |= dict.fromkeys(("lse_ptr", "delta_ptr", "grad_lse_ptr", "faults_ptr"), "*fp32:16")
     kinds |= dict.fromkeys(("end_ptr", "position_ptr", "plan_ptr"), "*i32:16")
     kinds |= {f"stride_{name}_{letter}": "i32:16" for name in tensors for letter in "ht"}
-    kinds |= dict.fromkeys(("scale", "pre_scale", "post_scale"), "fp32")
-    # the flags are all on at one width and all off at the others
-    variants = {
-        kernel: tuple(
-            {
-                "HEAD_DIM": width,
-                "BLOCK_D": width,
-                "BLOCK_Q": table[i].queries,
-                "BLOCK_K": table[i].keys,
-                "HAS_SOFTCAP": width == 64,
-                "HAS_WINDOW": width == 64,
-                "num_warps": table[i].num_warps,
-                "num_stages": table[i].num_stages,
-                "capabilities": capabilities,
-            }
-            for capabilities, tables in configurations
-            for width, table in tables.items()
-        )
-        for i, kernel in enumerate(("fwd", "grad_kv", "grad_q"))
-    }
-    return kinds, variants
+    return kinds | dict.fromkeys(("scale", "pre_scale", "post_scale"), "fp32")
 
 
-TABLES = ((80, tree_attention.AMPERE), (90, tree_attention.HOPPER), (100, tree_attention.BLACKWELL))
-HALF_KINDS, HALF = _attention("bf16", tuple(((capability,), table) for capability, table in TABLES))
+def attention_variants(kernel):
+    """Every block of the tables, without options and with each of its table's."""
+    for capability, tables in tree_attention.TABLES.items():
+        for softcap, window in ((False, False), (True, False), (False, True), (True, True)):
+            for width, table in tables[softcap or window].items():
+                blocks = getattr(table, kernel)
+                yield {
+                    "HEAD_DIM": width,
+                    "BLOCK_D": width,
+                    "BLOCK_Q": blocks.queries,
+                    "BLOCK_K": blocks.keys,
+                    "HAS_SOFTCAP": softcap,
+                    "HAS_WINDOW": window,
+                    "num_warps": blocks.num_warps,
+                    "num_stages": blocks.num_stages,
+                    "capabilities": (capability,),
+                }
+
+
+HALF = {kernel: tuple(attention_variants(kernel)) for kernel in tree_attention.Table._fields}
+HALF_KINDS = attention_kinds("bf16")
 ROWS = tuple({"HEAD_DIM": d, "BLOCK_D": d, "BLOCK": tree_attention.BLOCK_ROWS} for d in (64, 256))
 # As at a launch: without it bfloat16 tiles are not copied asynchronously.
 ALIGNED = ("logits_ptr", "hidden_ptr", "weight_ptr", "stride_r", "stride_h_r", "stride_w_v")
@@ -128,7 +129,7 @@ UNEVEN = {"IS_EVEN": False, "WIDTH": 1602}
 KERNELS = {
     "head._entry_logits_fwd_kernel": (
         HEAD | INDICES,
-        row_pass_variants({"WIDTH": 2048, "BLOCK_E": 16, "BLOCK_D": 128} | UNIT),
+        row_pass_variants({"WIDTH": 2048, "BLOCK_E": 16, "BLOCK_D": 256} | UNIT),
         4,
     ),
     "head._row_pass_fwd_kernel": (
@@ -178,50 +179,69 @@ def find_kernels():
 
 
 def compile_all(folder):
+    jobs = [
+        (name, variant, capability, folder)
+        for name in find_kernels()
+        for variant in KERNELS[name][1]
+        for capability in variant.get("capabilities", CAPABILITIES)
+    ]
+    with multiprocessing.Pool() as pool:
+        return pool.starmap(compile_one, jobs, chunksize=1)
+
+
+def compile_one(name, variant, capability, folder):
     import triton
     from triton.backends.compiler import GPUTarget
+
+    types, _, num_warps = KERNELS[name]
+    options = {"num_warps": num_warps} | {n: variant[n] for n in LAUNCH[:2] if n in variant}
+    options |= variant.get("OPTIONS", {})
+    source = make_source(find_kernels()[name], types | variant.get("TYPES", {}), variant)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    row = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
+    row |= {"name": name, "sm": capability, "shared": compiled.metadata.shared, "variant": variant}
+    row["bytes"] = len(compiled.asm["cubin"])
+    row["has_dot"] = "tl.dot(" in source.fn.src or "tt.dot" in compiled.asm["ttir"]
+    row["tensor_cores"] = TENSOR_CORES.search(compiled.asm["ptx"]) is not None
+    return row
+
+
+def make_source(kernel, types, variant):
     from triton.compiler import ASTSource
 
-    rows = []
-    for name, kernel in find_kernels().items():
-        types, variants, num_warps = KERNELS[name]
-        for variant in variants:
-            options = {"num_warps": num_warps} | {n: variant[n] for n in LAUNCH[:2] if n in variant}
-            options |= variant.get("OPTIONS", {})
-            capabilities = variant.get("capabilities", CAPABILITIES)
-            aligned = variant.get("ALIGNED", ())
-            own_types = types | variant.get("TYPES", {})
-            constants = {n: v for n, v in variant.items() if n not in LAUNCH}
-            kinds = {
-                p.name: "constexpr"
-                if p.name in constants
-                else own_types.get(p.name, "*fp32" if p.name.endswith("_ptr") else "i32")
-                for p in kernel.params
-            }
-            if aligned == "all":
-                aligned = [n for n, k in kinds.items() if k[0] == "*" or (k == "i32" and n not in ODD)]
-            signature = {n: kind.removesuffix(":16") for n, kind in kinds.items()}
-            attrs = {
-                (i,): [["tt.divisibility", 16]]
-                for i, (n, kind) in enumerate(kinds.items())
-                if kind.endswith(":16") or n in aligned
-            }
-            source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-            for capability in capabilities:
-                target = GPUTarget("cuda", capability, 32)
-                compiled = triton.compile(source, target=target, options=options)
-                path = os.path.join(folder, "kernel.cubin")
-                with open(path, "wb") as file:
-                    file.write(compiled.asm["cubin"])
-                command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
-                usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                row = {key: int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL")}
-                shared, num_bytes = compiled.metadata.shared, len(compiled.asm["cubin"])
-                row |= {"name": name, "sm": capability, "shared": shared, "bytes": num_bytes}
-                row["has_dot"] = "tl.dot(" in kernel.src or "tt.dot" in compiled.asm["ttir"]
-                row["tensor_cores"] = TENSOR_CORES.search(compiled.asm["ptx"]) is not None
-                rows.append(row | {"variant": variant})
-    return rows
+    constants = {n: v for n, v in variant.items() if n not in LAUNCH}
+    kinds = {
+        p.name: "constexpr"
+        if p.name in constants
+        else types.get(p.name, "*fp32" if p.name.endswith("_ptr") else "i32")
+        for p in kernel.params
+    }
+    aligned = variant.get("ALIGNED", ())
+    if aligned == "all":
+        aligned = [n for n, k in kinds.items() if k[0] == "*" or (k == "i32" and n not in ODD)]
+    signature = {n: kind.removesuffix(":16") for n, kind in kinds.items()}
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (n, kind) in enumerate(kinds.items())
+        if kind.endswith(":16") or n in aligned
+    }
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+
+
+def find_faults(row):
+    if row["bytes"] == 0:
+        yield "nothing was compiled"
+    if row["shared"] > SHARED_BYTES[row["sm"]]:
+        yield "too much shared memory"
+    if row["tensor_cores"] != row["has_dot"]:
+        yield "tensor cores not as expected"
+    if row["STACK"] or row["LOCAL"]:
+        yield "register spill"
 
 
 def test_every_kernel_has_an_entry():
@@ -237,10 +257,8 @@ def test_kernels_compile_without_spills(tmp_path):
     rows = json.loads(done.stdout)
     variants = [variant for _, variants, _ in KERNELS.values() for variant in variants]
     assert len(rows) == sum(len(variant.get("capabilities", CAPABILITIES)) for variant in variants)
-    for row in rows:
-        assert row["bytes"] > 0 and row["shared"] <= SHARED_BYTES[row["sm"]], row
-        assert row["tensor_cores"] == row["has_dot"], row
-        assert row["STACK"] == 0 and row["LOCAL"] == 0, f"register spill: {row}"
+    faults = [(fault, row) for row in rows for fault in find_faults(row)]
+    assert not faults, "\n".join(f"{fault}: {row}" for fault, row in faults)
 
 
 if __name__ == "__main__":

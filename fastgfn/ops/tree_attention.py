@@ -23,7 +23,7 @@ def triton_attention(
     """(H, T, d), a view of (T, H, d) so that the output projection reads it without a copy."""
     kernels = _kernels(query)
     _check(query, key, value, mask, scale, softcap, window, kernels.MAX_HEAD_DIM)
-    fwd, grad_kv, grad_q = kernels.table(query)
+    fwd, grad_kv, grad_q = kernels.table(query, softcap, window)
     plan = mask.plan(fwd.queries, fwd.keys, window)
     plan_q = plan_kv = None
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
