@@ -18,6 +18,7 @@ from torch import Tensor
 from fastgfn import checks
 from fastgfn.ops.scan import subtree_sum, tree_cumsum
 from fastgfn.ops.subtb import subtb_tree, subtb_tree_pairs
+from fastgfn.phases import phase
 from fastgfn.types import LogProbs, TokenTree
 
 NORMALIZATIONS = ("group", "batch", "trajectory")
@@ -31,6 +32,7 @@ class Objective:
     log_z: Tensor
 
 
+@phase("loss")
 def modified_subtb_loss(
     log_probs: LogProbs,
     *,

@@ -3,9 +3,11 @@
 import torch
 
 from fastgfn.functional.tree import build_tree
+from fastgfn.phases import phase
 from fastgfn.types import Rollouts, TokenTree
 
 
+@phase("pack")
 def pack(rollouts: Rollouts, *, device: torch.device | str | None = None) -> TokenTree:
     """The token tree of a batch of rollouts, leaf[n] being the node at which trajectory n stops.
 

@@ -13,6 +13,7 @@ from fastgfn import checks
 from fastgfn.models import Reference
 from fastgfn.ops.scan import tree_cumsum
 from fastgfn.ops.tree import path_nodes
+from fastgfn.phases import phase
 from fastgfn.types import TokenTree
 
 Reward = Callable[[TokenTree], Tensor]
@@ -94,6 +95,7 @@ def node_sequences(tree: TokenTree, nodes: Tensor) -> list[list[int]]:
     return [row[:n] for row, n in zip(tokens, lengths.tolist(), strict=True)]
 
 
+@phase("reward")
 def log_reward(tree: TokenTree, *, reward: Reward) -> Tensor:
     """(T,) un-tempered log R at terminable nodes, 0 elsewhere: float32 (float64 if the reward is), detached.
 

@@ -17,6 +17,7 @@ from fastgfn.functional.sampling import sample_next_from_hidden
 from fastgfn.models import Policy
 from fastgfn.ops.attention import TreeMask
 from fastgfn.ops.decode import decode_update_
+from fastgfn.phases import phase
 from fastgfn.types import Constraints, Rollouts, as_int64
 
 # Merging the adapter costs one pass over the weights, which this many decode steps without it repay.
@@ -24,6 +25,7 @@ MERGE_FROM = 6
 
 
 @torch.no_grad()
+@phase("decode")
 def sample(
     prompts: Sequence[Sequence[int] | Tensor],
     *,
@@ -122,6 +124,7 @@ class _Decoder:
             self.prompts, self.group, self.tokens, self.lengths, self.log_behavior, self.constraints
         )
 
+    @phase("prefill")
     def _prefill(self) -> tuple[Tensor, DecodeAttention]:
         device = self.policy.device
         stop = self.prompt_length.cumsum(0)
@@ -133,6 +136,7 @@ class _Decoder:
         spans = list(zip(start.tolist(), stop.tolist(), strict=True))
         return hidden[(stop - 1).to(device)], DecodeAttention(attention.kv, spans)
 
+    @phase("draw")
     def _draw(self, hidden: Tensor, row_of: Tensor, alive: Tensor, step: int) -> Tensor:
         head, constraints = self.policy.head, self.constraints
         fix = "the weights have diverged: lower learning_rate or set max_grad_norm"

@@ -1,9 +1,11 @@
 """Stage 3: TokenTree -> LogProbs. One teacher-forced forward, in the convention of the tree's constraints."""
 
 from fastgfn.models import Policy, Reference
+from fastgfn.phases import phase
 from fastgfn.types import LogProbs, Role, TokenTree
 
 
+@phase("score")
 def score(tree: TokenTree, *, policy: Policy | Reference) -> LogProbs:
     """log q of every action and of stopping, for the policy that `sample` draws from at temperature 1.
 

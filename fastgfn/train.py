@@ -20,6 +20,7 @@ from fastgfn.config import TrainConfig
 from fastgfn.models import Policy
 from fastgfn.objectives import modified_subtb_loss
 from fastgfn.packing import pack
+from fastgfn.phases import phase
 from fastgfn.replay import ReplayBuffer
 from fastgfn.rewards import Reward, log_reward
 from fastgfn.rollout import check_prompts, sample
@@ -112,7 +113,8 @@ class Trainer:
                 subtb_lambda=config.subtb_lambda,
                 normalization=config.normalization,
             )
-            (objective.loss / config.accumulation).backward()
+            with phase("backward"):
+                (objective.loss / config.accumulation).backward()
             self._remember(drawn, raw_log_reward[tree.leaf])
             metrics["loss"] += float(objective.loss.detach()) / config.accumulation
             metrics["log_z"] += float(objective.log_z.mean()) / config.accumulation
@@ -248,6 +250,7 @@ class Trainer:
         if self.config.replay_samples:
             self.buffer.add(drawn, terminal_log_reward[: drawn.num_trajectories].cpu())
 
+    @phase("optimizer")
     def _update(self, learning_rate: float) -> float:
         parameters = [p for _, p in self.policy.parameters()]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)

@@ -240,3 +240,32 @@ def test_closed_form_log_z_equals_enumeration(model):
     assert task.invalid_mass == pytest.approx(1 - 101 / float(total.exp().sum()), abs=1e-9)
     result = task.evaluate(policy)
     assert result["tv"] > 0.5 and result["kl_target_to_model"] > 0.5
+
+
+def test_bench_prints_and_writes_a_report(tmp_path):
+    sizes = ["-n", "2", "--prompt-tokens", "5", "--output-tokens", "4", "--rounds", "1"]
+    done = _run("bench", "--shape", "tiny", *sizes, "--compare", "hf", "--json", "b.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert report["model"] == "tiny, random weights" and report["setting"]["dtype"] == "float32"
+    assert report["providers"].keys() == {"fastgfn", "hf"}
+    for text in ("measured limits", "prefill", "of limit", "times as many tokens per second as hf"):
+        assert text in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "fix"),
+    [
+        (["--shape", "huge"], "choose one, or pass a model folder or hub id"),
+        (["--shape", "tiny", "--model", "x"], "drop it or --model"),
+        (["--shape", "tiny", "--dtype", "int8"], "choose one"),
+        (["--shape", "tiny", "--device", "mps:7"], "use --device cpu"),
+        (["--shape", "tiny", "--compare", "vllm"], "omit it"),
+        (["--shape", "tiny", "-n", "0"], "raise it"),
+        (["--shape", "tiny", "--json", "no/such/b.json"], "create it or choose another place"),
+    ],
+)
+def test_bench_refuses(inline, args, fix):
+    code, error = inline("bench", *args)
+    assert code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and fix in error

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each row may import only rows above it; within a row only where the second column says so.
 LAYERS = [
-    ({"types", "config", "checks"}, True),
+    ({"types", "config", "checks", "phases"}, True),
     ({"reference", "testing"}, True),
     ({"kernels"}, True),
     ({"ops"}, True),
@@ -19,7 +19,7 @@ LAYERS = [
     ({"rollout", "packing", "scoring", "rewards", "objectives", "replay"}, False),
     ({"checkpoint", "distributed", "evaluate"}, False),
     ({"train"}, False),
-    ({"baselines", "lab", "tasks"}, True),
+    ({"baselines", "lab", "tasks", "throughput"}, True),
     ({"integrations", "cli"}, True),
 ]
 ROW = {name: i for i, (names, _) in enumerate(LAYERS) for name in names}

@@ -10,10 +10,12 @@ from rich.table import Table
 
 from fastgfn import checks
 from fastgfn.checkpoint import read_json
+from fastgfn.cli.bench import run as run_bench
 from fastgfn.cli.rng import RngRun, RngSettings
 from fastgfn.config import TrainConfig
-from fastgfn.models import BUNDLED, load_policy
+from fastgfn.models import BUNDLED, SHAPES, load_policy
 from fastgfn.rollout import sample as draw_samples
+from fastgfn.throughput import Workload
 from fastgfn.types import Constraints
 
 app = typer.Typer(
@@ -106,6 +108,47 @@ def sample(
     )
     for sequence in rollouts.sequences():
         print(policy.decode(sequence))
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Option(help="'smollm2-135m' (default), a hub id or a folder.")] = None,
+    shape: Annotated[str | None, typer.Option(help=f"Random weights: {', '.join(SHAPES)}.")] = None,
+    num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Sequences per prompt.")] = 20,
+    prompts: Annotated[int, typer.Option(help="Prompts in a step.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 200,
+    output_tokens: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 30,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 (default on a CPU), bfloat16 (on a GPU), float16.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda where there is one, else cpu.")] = None,
+    rounds: Annotated[int, typer.Option(help="Timed steps.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of prompts and draws.")] = 0,
+    compare: Annotated[
+        str | None, typer.Option(help="'hf': transformers' generate and a plain step in turns.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here too.")] = None,
+) -> None:
+    """Measure tokens per second of a training step here, phase by phase."""
+    workload = Workload(
+        prompts=prompts,
+        num_samples=num_samples,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        rounds=rounds,
+        seed=seed,
+    )
+    run_bench(
+        workload,
+        model=model,
+        shape=shape,
+        lora_rank=lora_rank,
+        dtype=dtype,
+        device=device,
+        compare=compare,
+        json_file=json_file,
+    )
 
 
 @app.command()

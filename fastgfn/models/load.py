@@ -60,13 +60,14 @@ def load_policy(
     causal.requires_grad_(False)
     torch.manual_seed(seed)
     if adapter is None:
-        wrapped = _new_adapter(causal, lora_rank, lora_rank if lora_alpha is None else lora_alpha)
+        wrapped = add_adapter(causal, lora_rank, lora_rank if lora_alpha is None else lora_alpha)
     else:
         wrapped = _saved_adapter(causal, Path(adapter))
     return Policy(wrapped.to(device), tokenizer)
 
 
-def _new_adapter(causal: nn.Module, rank: int, alpha: float) -> nn.Module:
+def add_adapter(causal: nn.Module, rank: int, alpha: float) -> nn.Module:
+    """A new LoRA adapter on every linear layer but the head."""
     from peft import LoraConfig, get_peft_model
 
     linear = dict(target_modules="all-linear", fan_in_fan_out=_has_conv1d(causal))

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgfn import checks
-from fastgfn.attention import TreeAttention
+from fastgfn.attention import NAME, TreeAttention
 from fastgfn.functional.log_probs import linear_log_probs
-from fastgfn.models.linear import take_over
-from fastgfn.models.mlp import take_over_mlps
+from fastgfn.models.linear import Linear, take_over
+from fastgfn.models.mlp import GatedMLP, take_over_mlps
 from fastgfn.ops.attention import TreeMask
+from fastgfn.phases import phase
 from fastgfn.types import LogProbs, Role, TokenTree
 
 
@@ -76,6 +77,11 @@ class Policy:
     def max_positions(self) -> int | None:
         return getattr(self.config, "max_position_embeddings", None)
 
+    @property
+    def num_linear_weights(self) -> int:
+        """Weights of the base's linear layers, head and embeddings not among them."""
+        return sum(layer.base.weight.numel() for layer in self._linear)
+
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trainable parameters by name, in a fixed order."""
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -112,6 +118,22 @@ class Policy:
         finally:
             for layer in self._linear:
                 layer.unmerge()
+
+    @contextlib.contextmanager
+    def plain(self):
+        """Within the block `model` is as transformers and peft made it: their forwards, SDPA attention."""
+        taken = {
+            module: module.__dict__.pop("forward")
+            for module in self.model.modules()
+            if isinstance(module.__dict__.get("forward"), (Linear, GatedMLP))
+        }
+        self.model.set_attn_implementation("sdpa")
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(NAME)
+            for module, forward in taken.items():
+                module.forward = forward
 
     def _adapter_off(self):
         return (
@@ -183,17 +205,18 @@ def _tree_log_probs(
         rows = needed.nonzero()[:, 0]
         if not len(rows):
             continue
-        out = linear_log_probs(
-            hidden[rows],
-            model.head.weight,
-            tree.tokens[own],
-            rows=(needed.cumsum(0) - 1)[above],
-            termination_token_id=None if states is None else stop,
-            bias=model.head.bias,
-            logit_bias=mask,
-            logit_scale=model.head.logit_scale,
-            final_logit_softcap=model.head.softcap,
-        )
+        with phase("head"):
+            out = linear_log_probs(
+                hidden[rows],
+                model.head.weight,
+                tree.tokens[own],
+                rows=(needed.cumsum(0) - 1)[above],
+                termination_token_id=None if states is None else stop,
+                bias=model.head.bias,
+                logit_bias=mask,
+                logit_scale=model.head.logit_scale,
+                final_logit_softcap=model.head.softcap,
+            )
         log_pf = log_pf.index_copy(0, own, out.log_pf)
         if states is not None:
             log_pterm = log_pterm.index_copy(0, rows, out.log_pterm).masked_fill(~tree.is_state, 0.0)

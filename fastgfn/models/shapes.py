@@ -1,0 +1,58 @@
+"""Models of known sizes with random weights, for measuring speed where no weights are at hand."""
+
+import contextlib
+
+import torch
+
+from fastgfn import checks
+from fastgfn.attention import NAME
+from fastgfn.models.load import add_adapter
+from fastgfn.models.policy import Policy
+
+# Llama architecture: layers, width, MLP width, query heads, key heads, head width, vocabulary, tied head.
+SHAPES = {
+    "tiny": (2, 64, 128, 4, 2, 16, 512, False),
+    "smollm2-135m": (30, 576, 1536, 9, 3, 64, 49152, True),
+    "smollm2-1.7b": (24, 2048, 8192, 32, 32, 64, 49152, True),
+    "llama-1b": (16, 2048, 8192, 32, 8, 64, 128256, True),
+    "llama-3b": (28, 3072, 8192, 24, 8, 128, 128256, True),
+    "llama-8b": (32, 4096, 14336, 32, 8, 128, 128256, False),
+    "llama-70b": (80, 8192, 28672, 64, 8, 128, 128256, False),
+}
+
+
+def random_policy(
+    shape: str,
+    *,
+    lora_rank: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Policy:
+    """A LoRA policy with random weights of a known size (a key of `SHAPES`) and no tokenizer.
+
+    Raises:
+        InputError: an unknown shape; the message lists the known ones.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    fix = "choose one, or pass a model folder or hub id"
+    checks.check(shape in SHAPES, "random_policy", "shape", f"one of {', '.join(SHAPES)}", repr(shape), fix)
+    layers, width, mlp, heads, kv_heads, head_dim, vocab, tied = SHAPES[shape]
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        max_position_embeddings=8192,
+    )
+    torch.manual_seed(seed)
+    # Drawn on the device: an 8B model takes minutes to draw on a CPU.
+    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
+        causal = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=dtype)
+    causal.requires_grad_(False)
+    return Policy(add_adapter(causal, lora_rank, lora_rank).to(device))
