@@ -46,6 +46,6 @@ bench: install
 	$(VENV)/bin/python bench/bench_step.py
 	$(VENV)/bin/python bench/rows.py $(REPORT)
 
-# On a CUDA machine with its own torch: GPU tests, sanitizer, benches; rows and logs go to $OUT.
+# On a CUDA machine with its own torch: GPU tests, sanitizer, benches; rows and logs go to $OUT. Options: its head.
 gpu-check:
 	bash bench/gpu_check.sh

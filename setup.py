@@ -32,7 +32,7 @@ setup(
             sources,
             depends=sorted(glob.glob("csrc/*.h") + glob.glob("csrc/cuda/*.h")),
             extra_compile_args={
-                "cxx": ["-O3", "-fopenmp"],
+                "cxx": ["-O3", "-g0", "-fopenmp"],
                 "nvcc": ["-O3"],
             },
             extra_link_args=["-fopenmp"],

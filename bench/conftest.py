@@ -1,5 +1,6 @@
 """Options and the `measure` fixture of the op benches: `pytest bench --benchmark-only [--shapes full]`."""
 
+import time
 from pathlib import Path
 
 import harness
@@ -11,17 +12,20 @@ import torch
 ROUNDS = {"short": (5, 5), "full": (5, 25)}
 CASE_MS = 60e3
 RESULTS = pytest.StashKey[list]()
+STARTED = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastgfn benches")
     group.addoption("--shapes", choices=list(ROUNDS), default="short", help="short runs anywhere in minutes")
     group.addoption("--rounds", type=int, help="timed rounds of a case, default 5 (short), 5 to 25 (full)")
+    group.addoption("--budget", type=float, help="seconds after which the cases that are left are skipped")
     group.addoption("--peak", help="also peak memory, in the cases whose id contains this text")
 
 
 def pytest_configure(config):
     config.stash[RESULTS] = []
+    config.stash[STARTED] = time.monotonic()
 
 
 def pytest_generate_tests(metafunc):
@@ -40,6 +44,9 @@ def measure(benchmark, request):
     """
 
     def run(bench: suite.Bench, case: suite.Case) -> list[dict]:
+        budget = request.config.getoption("budget")
+        if budget is not None and time.monotonic() - request.config.stash[STARTED] > budget:
+            pytest.skip(f"the budget of {budget:.0f} s is spent")
         # What earlier cases compiled counts towards a limit of versions per function.
         torch.compiler.reset()
         inputs = bench.make_inputs(case)

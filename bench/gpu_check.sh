@@ -1,59 +1,111 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, from a bare machine with torch, triton and nvcc:
-#     [OUT=folder] [WHEELS=folder] [FASTGFN_COMMIT=hash] [PEAK=text] bash bench/gpu_check.sh [STEP ...]
-# Steps: build tests sanitizer head subtb attention draw, all of them by default. One that fails does not stop the
-# later ones; the exit status tells. $OUT gets 6 files: the extension, check.log and a CSV per op bench.
-# WHEELS holds what the machine lacks (pytest-benchmark, cut-cross-entropy, liger-kernel, quack-kernels, ...).
-# FASTGFN_COMMIT names the clean commit that a copy without git was made from. PEAK: cases whose peak memory is
+# Everything that waits for a GPU, from a bare machine with torch, triton, transformers and nvcc:
+#     [OUT=folder] [PART="head draw"] [KEEP_BUILD=folder] [WHEELS=folder] [BUDGET=seconds] [DRY=1] make gpu-check
+# Parts, in this order: build tests sanitizer head subtb attention draw step. One that fails does not stop the
+# later ones; the exit status tells. $OUT gets at most 8 files: the extension, check.log, summary.txt, a CSV per
+# op bench and step.json (`fastgfn bench`). A call with PART adds to an $OUT that is there.
+# KEEP_BUILD: where the extension is taken from, or built and left. BUDGET: seconds for all parts of this call,
+# 520 by default; what is left is divided among the parts still to come, and a bench skips cases past its share.
+# WHEELS: what the machine lacks (pytest-benchmark, peft, cut-cross-entropy, liger-kernel, quack-kernels, ...).
+# FASTGFN_COMMIT: the clean commit that a copy without git was made from. PEAK: cases whose peak memory is
 # measured, by a part of their id; a process per provider takes about 10 s.
+# DRY=1: all of it without a GPU: the extension for the CPU, GPU tests collected, kernels compiled ahead of time,
+# every bench's inputs and checks at its short shape.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu-check}
+PART=${PART:-build tests sanitizer head subtb attention draw step}
+KEEP_BUILD=${KEEP_BUILD:-}
 WHEELS=${WHEELS:-.whl}
-PEAK=${PEAK:-fwd+dH-bfloat16-N4096-D2048-V128256}
-failed=()
+BUDGET=${BUDGET:-520}
+DRY=${DRY:-}
+PEAK=${PEAK-fwd+dH-bfloat16-N4096-D2048-V128256}
+PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
   site=$(mktemp -d)
   # One by one: a wheel that does not fit this machine must not keep the others out.
   for wheel in "$WHEELS"/*.whl; do
-    python3 -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$wheel" || echo "no $wheel"
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$wheel" || echo "no $wheel"
   done
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
+# The package as it would be installed, without installing: `pip install -e` would build the extension again.
+package=$(mktemp -d)
+mkdir "$package/fastgfn"
+ln -s "$PWD"/fastgfn/* "$package/fastgfn/"
+ln -sfn "$PWD/kernels" "$package/fastgfn/kernels"
+export PYTHONPATH="$package${PYTHONPATH:+:$PYTHONPATH}"
 
 build() {
-  ls fastgfn/_C*.so >/dev/null 2>&1 || python3 setup.py build_ext --inplace || return 1
-  python3 -m pip install --quiet --no-build-isolation --no-deps --no-index -e . && cp fastgfn/_C*.so "$OUT/"
+  if compgen -G "$KEEP_BUILD/_C*.so" >/dev/null; then
+    cp "$KEEP_BUILD"/_C*.so fastgfn/
+  elif ! compgen -G "fastgfn/_C*.so" >/dev/null; then
+    # torch builds for the cards that it sees
+    "$PYTHON" setup.py --quiet build_ext --inplace || return 1
+  fi
+  [[ -z $KEEP_BUILD ]] || { mkdir -p "$KEEP_BUILD" && cp -n fastgfn/_C*.so "$KEEP_BUILD/"; }
+  ln -sf "$PWD"/fastgfn/_C*.so "$package/fastgfn/"
+  cp fastgfn/_C*.so "$OUT/"
+  "$PYTHON" -P -c 'import fastgfn, json; print(json.dumps(fastgfn.backend_info(), indent=1))'
 }
 
-tests() { pytest -m gpu tests; }
+tests() {
+  if [[ -n $DRY ]]; then
+    "$PYTHON" -P -m pytest -q -m gpu --collect-only tests | tail -n 3
+    "$PYTHON" -P -m pytest -q tests/test_kernels_aot.py
+  else
+    "$PYTHON" -P -m pytest -q -m gpu tests
+  fi
+}
 
-sanitizer() { compute-sanitizer --tool memcheck --error-exitcode 1 pytest -m gpu tests/test_csrc_cuda.py; }
+sanitizer() {
+  if [[ -n $DRY ]]; then
+    "$PYTHON" -P -m pytest -q -m gpu --collect-only tests/test_csrc_cuda.py | tail -n 3
+  elif command -v compute-sanitizer >/dev/null; then
+    compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" -P -m pytest -q -m gpu tests/test_csrc_cuda.py
+  else
+    echo "no compute-sanitizer here"
+  fi
+}
 
 # A case that fails is named in the log; the rows of the others are kept.
 op() {
-  local report status=0
+  local report status=0 shapes=(--shapes full "--peak=$PEAK")
+  [[ -z $DRY ]] || shapes=(--shapes short --rounds 1)
   report=$(mktemp)
-  pytest "bench/test_bench_$1.py" --benchmark-only --shapes full "--peak=$PEAK" "--benchmark-json=$report" || status=1
-  [[ ! -s $report ]] || python3 bench/rows.py "$report" --out "$OUT" || status=1
+  "$PYTHON" -P -m pytest -q "bench/test_bench_$1.py" --benchmark-only "${shapes[@]}" "--budget=$2" \
+    "--benchmark-json=$report" || status=1
+  [[ ! -s $report ]] || "$PYTHON" bench/rows.py "$report" --out "$OUT" || status=1
   rm "$report"
   return $status
 }
 
+step() {
+  local shape=(--shape llama-1b -n 64 --prompt-tokens 200 --output-tokens 30 --rounds 5)
+  [[ -z $DRY ]] || shape=(--shape tiny -n 4 --prompt-tokens 9 --output-tokens 5 --rounds 1)
+  "$PYTHON" -P -c 'from fastgfn.cli import main; main()' bench "${shape[@]}" --compare hf --json "$OUT/step.json"
+}
+
 run() {
   case $1 in
-  build | tests | sanitizer) "$1" ;;
-  *) op "$1" ;;
+  build | tests | sanitizer | step) "$1" ;;
+  head | subtb | attention | draw) op "$@" ;;
+  *) echo "no part $1" && return 1 ;;
   esac
 }
 
-for step in ${*:-build tests sanitizer head subtb attention draw}; do
-  echo "== $step"
-  run "$step" 2>&1 || failed+=("$step")
-done > >(tee -a "$OUT/check.log")
-if ((${#failed[@]})); then
-  echo "failed: ${failed[*]}" | tee -a "$OUT/check.log"
-  exit 1
-fi
+read -ra parts <<<"$PART"
+left=${#parts[@]}
+failed=0
+for part in "${parts[@]}"; do
+  share=$(((BUDGET - SECONDS) / left--))
+  started=$SECONDS
+  echo "== $part" | tee -a "$OUT/check.log"
+  result=ok
+  run "$part" "$share" 2>&1 | tee -a "$OUT/check.log" || { result=FAILED && failed=1; }
+  echo "$part: $result, $((SECONDS - started)) s${DRY:+, dry}" | tee -a "$OUT/summary.txt"
+done
+rm -r "$package"
+exit $failed
