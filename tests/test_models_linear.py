@@ -123,3 +123,58 @@ def test_follows_what_peft_does_to_the_adapter():
         model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
         model.set_adapter("other")
         torch.testing.assert_close(model(input_ids=IDS).logits, base)
+
+
+def test_merged_weights_serve_only_what_they_were_made_for():
+    model, plain = make("plain"), make("plain")
+    layers = take_over(backbone(model))
+    for layer in layers:
+        layer.merge()
+    # gradients, and the base without its adapter, are asked of the layers' own tensors
+    for a, b in zip(run(model), run(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    with torch.no_grad(), model.disable_adapter(), plain.disable_adapter():
+        torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_autocast_keeps_its_meaning(is_merged):
+    model, plain = (make("plain").float() for _ in range(2))
+    layers = take_over(backbone(model))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for layer in layers * is_merged:
+            layer.merge()
+        assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
+def test_hooks_inside_a_layer_are_called():
+    model = make("plain")
+    layers = take_over(backbone(model))
+    layer, calls = layers[0].layer, []
+    for module in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"], layer):
+        handle = module.register_forward_hook(lambda *_: calls.append(1))
+        model(input_ids=IDS)
+        handle.remove()
+    assert len(calls) == 4
+    assert all(layer.is_covered for layer in layers)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_subclasses_and_offloaded_weights_keep_their_own_forward():
+    model = make("no_adapter")
+    want = run(model)[0]
+    layers = take_over(backbone(model))
+    inner = layers[0].layer
+    weight = inner.weight.data
+    inner.weight = torch.nn.Parameter(weight.as_subclass(Subclass), requires_grad=False)
+    assert not layers[0].is_covered
+    torch.testing.assert_close(run(model)[0], want)
+    # accelerate's offloading: the weight is a placeholder until the forward that it put there fetches it
+    layers[1].layer.weight = torch.nn.Parameter(layers[1].layer.weight.to("meta"), requires_grad=False)
+    layers[1].own_forward = lambda x: x @ saved.T
+    saved = make("no_adapter").state_dict()["model.layers.0.self_attn.k_proj.weight"]
+    assert layers[1].layer is backbone(model).layers[0].self_attn.k_proj
+    torch.testing.assert_close(run(model)[0], want)

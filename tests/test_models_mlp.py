@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fastgfn.models.linear import take_over
 from fastgfn.models.mlp import take_over_mlps
@@ -88,14 +89,28 @@ def test_the_product_is_gone_after_the_forward(monkeypatch):
     assert out.requires_grad and len(products) == 2 and all(p() is None for p in products)
 
 
-def test_leaves_an_mlp_that_computes_something_else():
-    assert take_over_mlps(make(GemmaConfig).model.model) == 0, "its activation is not silu"
-    model = make().model.model
+class Scaled(LlamaMLP):
+    def forward(self, x):
+        return 1.1 * super().forward(x)
 
-    class Scaled(type(model.layers[0].mlp)):
-        def forward(self, x):
-            return 1.1 * super().forward(x)
 
-    model.layers[0].mlp.__class__ = Scaled
+class Clamped(LlamaMLP):
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=7.0), self.up_proj(x)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Scaled, Clamped])
+def test_leaves_an_mlp_that_computes_something_else(kind, dtype):
+    model = make(dtype=dtype).model.model
+    model.layers[0].mlp.__class__ = kind
     model.layers[1].mlp.act_fn = nn.SiLU()
+    assert take_over_mlps(model) == 1 and "forward" not in model.layers[0].mlp.__dict__
+
+
+def test_leaves_other_activations_and_forwards_of_an_instance():
+    assert take_over_mlps(make(GemmaConfig).model.model) == 0
+    model = make().model.model
+    model.layers[0].mlp.forward = lambda x: x
     assert take_over_mlps(model) == 1

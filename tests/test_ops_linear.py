@@ -64,6 +64,35 @@ def test_odd_shapes():
         assert relative_error(ops.product(x, view), x @ view.T) < 1e-6
     strided = torch.randn(7, 48)[:, ::2]
     assert relative_error(ops.product(strided, weight), strided @ weight.T) < 1e-6
+    numbers = torch.randn(60)
+    for overlapping in (numbers.as_strided((18, 24), (1, 1)), numbers[:24].expand(18, 24)):
+        assert relative_error(ops.product(x, overlapping), x @ overlapping.T) < 1e-6
+
+
+@pytest.mark.parametrize("bias", ["column", "expanded", "reversed_step"])
+def test_a_bias_of_any_stride(bias):
+    x, weight, _, a, b = inputs(torch.float32)
+    table = torch.randn(18, 5)
+    bias = {
+        "column": table[:, 1],
+        "expanded": table[:1, 0].expand(18),
+        "reversed_step": table.flatten()[::5][:18],
+    }[bias]
+    assert not bias.is_contiguous()
+    for w in (weight, ops.packed(weight)):
+        assert relative_error(ops.product(x, w, bias), x @ weight.T + bias) < 1e-6
+    for got, want in (
+        (ops.frozen_linear(x, weight, bias), ref.frozen_linear(x, weight, bias)),
+        (ops.lora_linear(x, weight, bias, a, b, 0.7), ref.lora_linear(x, weight, bias, a, b, 0.7)),
+    ):
+        assert relative_error(got, want) < 1e-6
+
+
+def test_follows_the_switch_of_torch():
+    x, weight, *_ = inputs(torch.float32)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(ops.product(x, weight), torch.nn.functional.linear(x, weight))
+        assert not ops.packed(weight).is_mkldnn
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

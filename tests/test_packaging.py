@@ -72,6 +72,28 @@ def test_backend_info_names_a_backend_for_every_op():
     assert info["versions"]["torch"] != "absent"
 
 
+# Ops of the dispatcher that are a part of the op named here.
+PARTS = {
+    "gumbel_draw": "sample_next",
+    "head_gumbel_draw": "sample_next_from_hidden",
+    "philox4x32": "sample_next",
+    "head_forward": "linear_log_probs",
+    "linear_log_probs_frozen": "linear_log_probs",
+    "subtb_tree": "subtb",
+    "subtb_tree_pairs": "subtb",
+    "subtb_pairwise": "subtb_padded",
+    "decode_update_": "decode_update",
+}
+
+
+def test_backend_info_leaves_no_op_of_the_dispatcher_out():
+    import torch
+
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastgfn::")}
+    names = {n.removeprefix("fastgfn::").removesuffix("_backward") for n in names}
+    assert {PARTS.get(n, n) for n in names} <= set(fastgfn.backend_info()["ops"])
+
+
 def test_every_op_has_a_cpu_kernel_and_a_fake():
     import torch
 

@@ -4,11 +4,9 @@ a layer, and one elementwise pass makes it again from the two projections that a
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fastgfn.ops.silu_mul import silu_mul
-from fastgfn.testing import relative_error
-
-_CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class GatedMLP:
@@ -40,19 +38,18 @@ def _unpack(saved):
     return silu_mul(gate, up).view(shape)
 
 
-@torch.no_grad()
 def take_over_mlps(backbone: nn.Module) -> int:
     """Put a `GatedMLP` in the place of the forward of every MLP that computes the same; returns how many."""
     count = 0
     for mlp in backbone.modules():
-        if {name for name, _ in mlp.named_children()} != _CHILDREN:
-            continue
-        weight = mlp.gate_proj.weight
-        if not isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)) or not weight.is_floating_point():
-            continue
-        x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
-        # A class may scale its parts in ways that its children do not show.
-        if relative_error(GatedMLP(mlp)(x), mlp(x)) < 16 * torch.finfo(weight.dtype).eps:
-            mlp.forward = GatedMLP(mlp)
-            count += 1
+        if _computes(type(mlp)) == _computes(LlamaMLP) and "forward" not in mlp.__dict__:
+            if isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)):
+                mlp.forward = GatedMLP(mlp)
+                count += 1
     return count
+
+
+def _computes(kind: type[nn.Module]) -> tuple:
+    """What the forward of a class does, in bytecode: the same text in another class gives the same."""
+    code = getattr(kind.forward, "__code__", None)
+    return () if code is None else (code.co_code, code.co_names, code.co_consts, code.co_varnames)

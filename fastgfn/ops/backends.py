@@ -45,8 +45,9 @@ def backend_info() -> dict:
     tiles = f"{gemm}, vocabulary tiles"
     head = {"cuda": f"torch products and a triton row pass; fused triton without gradient{absent}"}
     ops = {
-        "linear": {"cpu": gemm, "cuda": f"torch{absent}"},
+        "frozen_linear": {"cpu": gemm, "cuda": f"torch{absent}"},
         "lora_linear": {"cpu": gemm, "cuda": f"torch{absent}"},
+        "silu_mul": {"cpu": "torch", "cuda": f"torch{absent}"},
         "linear_log_probs": head | {"cpu": tiles + ("; csrc C++ for bfloat16" if avx512 else "")},
         "policy_reward_log_probs": head | {"cpu": f"{tiles} over both streams"},
         "log_probs_from_logits": {"cpu": "torch", "cuda": f"triton{absent}"},

@@ -19,8 +19,18 @@ PACK_ROWS = 16
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(..., N) = x (..., K) @ weight.T + bias, without gradient; weight (N, K), any strides, or `packed`."""
     if weight.is_mkldnn or _uses_onednn(x, weight):
-        return _onednn(x, weight, bias, "none", [], "")
+        # oneDNN reads a bias as if it were contiguous, and refuses weights whose rows overlap
+        bias = None if bias is None else bias.contiguous()
+        return _onednn(x, _separate(weight), bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def _separate(weight: Tensor) -> Tensor:
+    """weight, copied if its elements share memory."""
+    if weight.is_mkldnn:
+        return weight
+    (near, inner), (far, outer) = sorted(zip(weight.stride(), weight.shape, strict=True))
+    return weight if near > 0 and (outer == 1 or far >= near * inner) else weight.contiguous()
 
 
 def packed(weight: Tensor) -> Tensor:
@@ -73,7 +83,8 @@ def _check(function: str, x: Tensor, **others: Tensor | None) -> None:
 
 def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
     single = x.dtype == weight.dtype == torch.float32
-    return HAS_ONEDNN and single and x.device.type == "cpu" and x.numel() > 0
+    on_cpu = x.device.type == weight.device.type == "cpu"
+    return HAS_ONEDNN and single and on_cpu and x.numel() > 0 and torch.backends.mkldnn.enabled
 
 
 @torch.library.custom_op("fastgfn::lora_linear", mutates_args=())
