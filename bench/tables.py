@@ -13,6 +13,9 @@ import harness
 import suite
 
 OPS = ("head", "subtb", "attention", "draw")
+# The settings that the tables are of; rows of other settings stay in the files.
+RNG = {"model": "smollm2-135m", "penalty": "16.0", "lora_rank": "32"}
+STEP = {"dtype": "fp32", "n": "20", "prompt_tokens": "50", "max_length": "30", "rank": "64"}
 
 
 def read(bench: str) -> list[dict]:
@@ -40,9 +43,10 @@ def number(text: str) -> str:
 
 def rng() -> str:
     columns = ["invalid_mass", "tv", "kl_target_to_model", "kl_model_to_target", "log_z_error"]
-    rows = newest(read("rng"), "terminator", "seed")
+    rows = [r for r in read("rng") if all(r[k] == v for k, v in RNG.items())]
+    rows = newest(rows, "terminator", "seed")
     rows.sort(key=lambda r: (r["terminator"] != "newline", int(r["seed"])))
-    header = ["terminator", "seed", *(f"`{c}`" for c in columns), "steps", "training s"]
+    header = ["terminator", "seed", *(f"`{c}`" for c in columns), "steps", "training s", "commit"]
     body = [
         [
             r["terminator"],
@@ -50,19 +54,23 @@ def rng() -> str:
             *(number(r[f"after_{c}"]) for c in columns),
             r["steps"],
             f"{float(r['seconds']):.0f}",
+            r["commit"][:7],
         ]
         for r in rows
     ]
-    before = rows[0]
-    note = "before training: " + ", ".join(f"`{c}` {number(before[f'before_{c}'])}" for c in columns)
-    return (
-        f"{table(header, body)}\n\n{note}. All exact, none sampled. {before['model']}: {before['weights']}. "
-        f"{before['device']}, commit {before['commit']}."
+    notes = []
+    for r in newest(rows, "terminator"):
+        before = ", ".join(f"`{c}` {number(r[f'before_{c}'])}" for c in columns)
+        notes.append(f"Before training, {r['terminator']}: {before}.")
+    stamps = sorted({f"{r['model']}: {r['weights']}. {r['device']}." for r in rows})
+    return "\n".join(
+        [table(header, body), "", *sorted(notes, reverse=True), *stamps, "All exact, none sampled."]
     )
 
 
 def step() -> str:
     rows = [r for r in read("bench_step") if r["phase"] == "step"]
+    rows = [r for r in rows if all(r[k] == v for k, v in STEP.items())]
     rows = newest(rows, "variant", "provider")
     ours = {r["variant"]: r for r in rows if r["provider"] == "fastgfn"}
     body = []
@@ -77,10 +85,8 @@ def step() -> str:
         drawn = f"{float(r['drawn_tokens']):.0f}"
         body.append([r["variant"], r["provider"], seconds, f"{ratio:.2f}x", drawn, memory, less])
     header = ["variant", "provider", "seconds", "of ours", "tokens", "peak memory", "of ours"]
-    first = rows[0]
-    return (
-        f"{table(header, body)}\n\n{first['device']}, {first['threads']} threads, commit {first['commit']}."
-    )
+    stamps = sorted({f"{r['device']}, {r['threads']} threads, commit {r['commit']}" for r in rows})
+    return f"{table(header, body)}\n\n{'; '.join(stamps)}."
 
 
 def op(name: str) -> str:

@@ -264,6 +264,24 @@ def test_tables_show_ratios_of_one_run_and_say_what_was_not_measured(tmp_path, m
     assert "cce (CPU): not available: needs CUDA" in lines[-1] and "CPU x2, commit abc" in lines[-1]
 
 
+def test_the_random_integer_table_names_the_origin_of_every_row(tmp_path, monkeypatch):
+    numbers = ("kl_target_to_model", "kl_model_to_target", "tv", "invalid_mass", "log_z_error")
+    for i, (terminator, penalty) in enumerate((("newline", "16.0"), ("eos", "16.0"), ("newline", "18.0"))):
+        line = {"model": "smollm2-135m", "weights": "4-bit", "terminator": terminator, "penalty": penalty}
+        line |= {"lora_rank": "32", "seed": 0, "steps": 5, "seconds": 1.0}
+        line |= {f"before_{k}": i + 1.0 for k in numbers} | {f"after_{k}": i + 0.5 for k in numbers}
+        stamp = {"date": f"2026-01-0{i + 1}", "commit": f"{i}" * 12, "dirty": 0, "device": "CPU x2"}
+        harness.append_rows("rng", [line], stamp, tmp_path / "cpu-x2")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    text = tables.rng()
+    lines = text.splitlines()
+    assert lines[2] == "| newline | 0 | 0.5 | 0.5 | 0.5 | 0.5 | 0.5 | 5 | 1 | 0000000 |"
+    assert lines[3] == "| eos | 0 | 1.5 | 1.5 | 1.5 | 1.5 | 1.5 | 5 | 1 | 1111111 |"
+    assert "2.5" not in text, "another target is another table"
+    assert "Before training, newline: `invalid_mass` 1, " in text
+    assert "Before training, eos: `invalid_mass` 2, " in text
+
+
 def test_pytest_bench_ends_in_rows(tmp_path):
     """The command of the Makefile on one case, then the conversion, outside of this process."""
     out = tmp_path / "out.json"
