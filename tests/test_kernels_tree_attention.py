@@ -122,6 +122,18 @@ def test_the_shipped_blocks(monkeypatch):
         compare(*make_inputs(random_depths(150), 1, 1, width), torch.bfloat16, window=30)
 
 
+def test_a_strided_mask():
+    tensors, end, position = make_inputs(TREES["random"])
+    table = torch.stack([end, position.int()], dim=1)
+    assert not table[:, 0].is_contiguous()
+    for options in ({}, {"window": 5}):
+        got, want = (
+            run(fused(*mask, scale=0.2, **options), tensors, torch.float32, DEVICE)
+            for mask in ((table[:, 0], table[:, 1]), (end, position))
+        )
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 @pytest.mark.parametrize("layout", ["nodes_first", "slice", "fused_projection"])
 def test_strides(layout):
     tensors, end, position = make_inputs(TREES["random"], 2, 2)
@@ -156,7 +168,8 @@ def test_lse_and_its_gradient():
     plans = mask.plan(32, 16, None), mask.plan(16, 16, None), mask.plan(16, 32, None, by_key=True)
     args = (*mask.nodes(), *plans, 0.3, None, None)
     out, lse = torch.ops.fastgfn.tree_attention(q, k, v, *args)
-    score = (0.3 * q.double() @ k.double().transpose(1, 2)) + mask.rows(0, q.shape[1], None, torch.float64)
+    (block,) = mask.row_blocks(None)
+    score = 0.3 * q.double() @ k.double().transpose(1, 2) + mask.additive(block, None, torch.float64)
     truth = score.logsumexp(-1)
     torch.testing.assert_close(lse.double(), truth, rtol=1e-6, atol=1e-6)
     (got,) = torch.autograd.grad((out * upstream).sum() + 2.0 * lse.sum(), q)
@@ -267,13 +280,17 @@ def _arguments(**change):
 
 
 ZEROS = torch.zeros(4, 37, 257)
+DOUBLE = {name: ZEROS[:2, :, :16].double() for name in ("query", "key", "value")}
 REFUSALS = {
     "provider": (dict(provider="cudnn"), "provider must be None or one of 'triton', 'sdpa', 'flex'"),
-    "dtype": (dict(query=ZEROS[..., :16].double()), "query must be float32, bfloat16 or float16"),
+    "dtype": (DOUBLE, "query must be float32, bfloat16 or float16"),
     "mixed": (dict(key=ZEROS[:2, :, :16].half()), "key must be torch.float32 as query is, got torch.float16"),
     "stride": (dict(value=ZEROS[:2, :, :32:2]), "value must be (heads, nodes, head dim) with a contiguous"),
     "dims": (dict(query=ZEROS[None, ..., :16]), "query must be (heads, nodes, head dim)"),
-    "width": (dict(query=ZEROS), "query must be of head dim <= 256, got 257; pass provider='sdpa'"),
+    "width": (
+        dict(query=ZEROS, key=ZEROS[:2], value=ZEROS[:2]),
+        "query must be of head dim <= 256, got 257; pass provider='sdpa'",
+    ),
     "keys": (dict(key=ZEROS[:2, :36, :16]), "key must be (heads, 37, 16), got (2, 36, 16)"),
     "values": (dict(value=ZEROS[..., :16]), "value must be (2, 37, 16), got (4, 37, 16)"),
     "heads": (dict(query=ZEROS[:3, :, :16]), "query must be of a multiple of 2 heads, got 3"),

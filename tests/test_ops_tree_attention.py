@@ -141,8 +141,10 @@ def test_triton_on_the_cpu_is_refused_outside_the_interpreter(monkeypatch):
 
 def test_every_provider_is_reached(monkeypatch):
     functions = {"triton": "triton_attention", "flex": "_flex_attention", "flash_attn": "flash_attention"}
+    inputs, mask = make_inputs(TREES["one"])
     for name, function in functions.items():
         monkeypatch.setattr(op, function, lambda *args, name=name: name)
-        assert tree_attention(torch.zeros(1, 1, 1), None, None, None, scale=1.0, provider=name) == name
+        assert tree_attention(*inputs, mask, scale=1.0, provider=name) == name
+    monkeypatch.setattr(op, "check_inputs", lambda *args: None)
     on_cuda = types.SimpleNamespace(is_cuda=True)
-    assert tree_attention(on_cuda, None, None, None, scale=1.0) == "triton"
+    assert tree_attention(on_cuda, None, None, mask, scale=1.0) == "triton"

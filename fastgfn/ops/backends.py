@@ -53,7 +53,7 @@ def backend_info() -> dict:
         "log_probs_from_logits": {"cpu": "torch", "cuda": f"triton{absent}"},
         "sample_next": {"cpu": "csrc C++", "cuda": f"triton{absent}"},
         "sample_next_from_hidden": {"cpu": f"{gemm}, then csrc C++", "cuda": f"triton{absent}"},
-        "tree_attention": {"cpu": "SDPA, dense mask", "cuda": f"triton{absent}"},
+        "tree_attention": {"cpu": "SDPA, blocks of rows against their ancestors", "cuda": f"triton{absent}"},
         "decode_attention": {"cpu": "torch matmul", "cuda": f"torch matmul{absent}"},
     }
     for name, op in _CSRC.items():

@@ -22,7 +22,7 @@ def triton_attention(
 ) -> Tensor:
     """(H, T, d), a view of (T, H, d) so that the output projection reads it without a copy."""
     kernels = _kernels(query)
-    _check(query, key, value, mask, scale, softcap, window, kernels.MAX_HEAD_DIM)
+    _check(query, key, value, scale, kernels.MAX_HEAD_DIM)
     fwd, grad_kv, grad_q = kernels.table(query, softcap, window)
     plan = mask.plan(fwd.queries, fwd.keys, window)
     plan_q = plan_kv = None
@@ -45,31 +45,40 @@ def _kernels(query: Tensor):
     return tree_attention
 
 
-def _check(query, key, value, mask, scale, softcap, window, max_width):
-    fix = "pass provider='sdpa'"
+def check_inputs(query, key, value, end, softcap, window):
+    """What every provider needs of the arguments of `ops.attention.tree_attention`."""
     for name, x in (("query", query), ("key", key), ("value", value)):
-        want = "(heads, nodes, head dim) with a contiguous head dim"
-        ok = x.dim() == 3 and (x.stride(2) == 1 or x.shape[2] == 1)
-        have = f"shape {tuple(x.shape)}, strides {x.stride()}"
-        checks.check(ok, NAME, name, want, have, "transpose so that the head dim is last, or copy")
-    if query.dtype not in DTYPES:
-        want = "float32, bfloat16 or float16"
-        checks.fail(NAME, "query", want, query.dtype, fix, kind=checks.InputTypeError)
-    for name, x in (("key", key), ("value", value)):
+        want, have = "(heads, nodes, head dim)", tuple(x.shape)
+        checks.check(x.dim() == 3, NAME, name, want, have, "drop or add axes")
+        checks.check_floating(NAME, name, x)
         if x.dtype != query.dtype:
             want = f"{query.dtype} as query is"
             checks.fail(NAME, name, want, x.dtype, "cast them to one dtype", kind=checks.InputTypeError)
-    checks.check_same_device(NAME, query=query, key=key, value=value, mask=mask.end)
+    checks.check_same_device(NAME, query=query, key=key, value=value, mask=end)
     heads, size, width = query.shape
-    checks.check(width <= max_width, NAME, "query", f"of head dim <= {max_width}", width, fix)
     checks.check_shape(NAME, "key", key, ("heads", size, width), "give one key per query node")
     checks.check_shape(NAME, "value", value, tuple(key.shape), "give one value per key")
-    checks.check_shape(NAME, "mask", mask.end, (size,), "build the mask of this tree")
+    checks.check_shape(NAME, "mask", end, (size,), "build the mask of this tree")
     kv_heads = key.shape[0]
     divides = kv_heads > 0 and heads % kv_heads == 0
     checks.check(divides, NAME, "query", f"of a multiple of {kv_heads} heads", heads, "check the head counts")
-    for name, x in (("scale", scale), ("softcap", softcap), ("window", window)):
-        checks.check(x is None or x > 0, NAME, name, "> 0", x, fix if name == "scale" else "omit it")
+    for name, x in (("softcap", softcap), ("window", window)):
+        checks.check(x is None or x > 0, NAME, name, "> 0", x, "omit it")
+
+
+def _check(query, key, value, scale, max_width):
+    """What the kernels need beyond that."""
+    fix = "pass provider='sdpa'"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        ok, want = x.stride(2) == 1 or x.shape[2] == 1, "(heads, nodes, head dim) with a contiguous head dim"
+        have = f"shape {tuple(x.shape)}, strides {x.stride()}"
+        checks.check(ok, NAME, name, want, have, "copy it with .contiguous()")
+    if query.dtype not in DTYPES:
+        want = "float32, bfloat16 or float16"
+        checks.fail(NAME, "query", want, query.dtype, fix, kind=checks.InputTypeError)
+    width = query.shape[2]
+    checks.check(width <= max_width, NAME, "query", f"of head dim <= {max_width}", width, fix)
+    checks.check(scale > 0, NAME, "scale", "> 0", scale, fix)
 
 
 @torch.library.custom_op("fastgfn::tree_attention", mutates_args=())
