@@ -262,8 +262,21 @@ BLACKWELL = {
 BLACKWELL_OPTIONS = BLACKWELL | {
     256: Table(Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
 }
+# Workstation cards of any generation have 99 KB of shared memory for a program.
+WORKSTATION = {
+    64: Table(Blocks(128, 64, 8, 3), Blocks(32, 64, 8, 2), Blocks(64, 32, 4, 2)),
+    128: AMPERE[128],
+    256: Table(Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(64, 16, 8, 2)),
+}
+WORKSTATION_BYTES = 99 * 1024
 # by compute capability: without and with options
-TABLES = {80: (AMPERE, AMPERE), 90: (HOPPER, HOPPER_OPTIONS), 100: (BLACKWELL, BLACKWELL_OPTIONS)}
+TABLES = {
+    80: (AMPERE, AMPERE),
+    89: (WORKSTATION, WORKSTATION),
+    90: (HOPPER, HOPPER_OPTIONS),
+    100: (BLACKWELL, BLACKWELL_OPTIONS),
+    120: (WORKSTATION, WORKSTATION),
+}
 # float32 without tensor cores, for tests and debugging
 SINGLE = {
     64: Table(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
@@ -277,9 +290,12 @@ def table(query: Tensor, softcap: float | None, window: int | None) -> Table:
     width = max(64, triton.next_power_of_2(query.shape[2]))
     if query.dtype == torch.float32:
         return SINGLE[width]
-    major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
-    tables = TABLES[max(80, min(10 * major, 100))]
-    return tables[softcap is not None or window is not None][width]
+    kind = 90
+    if query.is_cuda:
+        card = torch.cuda.get_device_properties(query.device)
+        is_small = card.shared_memory_per_block_optin <= WORKSTATION_BYTES
+        kind = 89 if is_small else max(80, min(10 * card.major, 100))
+    return TABLES[kind][softcap is not None or window is not None][width]
 
 
 def scales(scale: float, softcap: float | None) -> tuple[float, float]:

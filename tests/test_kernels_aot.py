@@ -17,7 +17,7 @@ import tempfile
 from fastgfn.kernels import tree_attention
 
 CAPABILITIES = (80, 90, 100)
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 LAUNCH = ("num_warps", "num_stages", "capabilities", "TYPES", "OPTIONS", "ALIGNED")
 

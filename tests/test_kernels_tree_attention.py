@@ -1,4 +1,5 @@
 import shutil
+import types
 
 import pytest
 import torch
@@ -120,6 +121,26 @@ def test_the_shipped_blocks(monkeypatch):
         compare(*make_inputs(random_depths(150), 1, 1, width), torch.float32)
         compare(*make_inputs(random_depths(150), 1, 1, width), torch.bfloat16)
         compare(*make_inputs(random_depths(150), 1, 1, width), torch.bfloat16, window=30)
+
+
+@pytest.mark.parametrize(
+    ("major", "kilobytes", "want"),
+    [
+        (8, 163, "AMPERE"),
+        (8, 99, "WORKSTATION"),
+        (9, 227, "HOPPER"),
+        (10, 227, "BLACKWELL"),
+        (12, 99, "WORKSTATION"),
+    ],
+)
+def test_the_table_of_a_card(major, kilobytes, want, monkeypatch):
+    monkeypatch.undo()
+    card = types.SimpleNamespace(major=major, shared_memory_per_block_optin=kilobytes * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    query = types.SimpleNamespace(shape=(4, 9, 200), dtype=torch.bfloat16, device="cuda:1", is_cuda=True)
+    assert kernels.table(query, None, None) == getattr(kernels, want)[256]
+    if want in ("HOPPER", "BLACKWELL"):
+        assert kernels.table(query, None, 5) == getattr(kernels, want + "_OPTIONS")[256]
 
 
 def test_a_strided_mask():
