@@ -6,6 +6,8 @@ RUN ?= runs/demo
 REPORT ?= .benchmarks/full.json
 # The extension is built against this torch; CUDA machines may set TORCH to an installed version's pin.
 TORCH ?= torch==2.13.0
+# Each test runs on one thread.
+PARALLEL = -n auto --maxprocesses=8
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 OLDEST = .venv-oldest
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
@@ -27,14 +29,14 @@ demo: install
 	$(VENV)/bin/fastgfn train rng --output $(RUN) --seed $(SEED) --overwrite
 
 test: install
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest $(PARALLEL)
 
 # The oldest supported triton and transformers, in an environment of their own; the interpreter of triton 3.6
 # reads one-element arrays as numbers, which numpy 2.4 refuses.
 test-oldest:
 	$(MAKE) install VENV=$(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 transformers==5.17.0 'numpy<2.4'
-	$(OLDEST)/bin/pytest
+	$(OLDEST)/bin/pytest $(PARALLEL)
 
 lint: install
 	$(VENV)/bin/ruff check .
