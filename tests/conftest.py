@@ -24,8 +24,12 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
+        # what runs wherever DEVICE is belongs to the GPU's tests where that is a GPU
+        if "cuda" in (getattr(item.module, name, "cpu") for name in ("DEVICE", "TRITON_DEVICE")):
+            item.add_marker("gpu")
         if "gpu" in item.keywords and not os.path.exists("/dev/nvidiactl"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
