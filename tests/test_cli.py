@@ -126,6 +126,51 @@ def test_damaged_adapters_are_one_line(model, tmp_path, inline):
     assert code == 2 and "must be a readable JSON file" in stderr, stderr
 
 
+def _tree(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_odd_run_folders_are_one_line_and_nothing_changes(model, tmp_path, inline):
+    base = ("train", "rng", "--model", model, "--output", "run", *FAST, "--steps", "2")
+    code, stderr = inline(*base, "--output", "a" * 300)
+    assert code == 2 and "File name too long" in stderr and stderr.count("\n") == 1, stderr
+    main_argv(*base)
+    run = tmp_path / "run"
+    whole = (run / "run.json").read_text()
+    for flags, text, message in (
+        (["--resume", "--overwrite"], whole, "one of resume and overwrite"),
+        (["--overwrite"], "{}", "model in run/run.json must be of type str, got nothing"),
+        (["--resume"], "{}", "model in run/run.json must be of type str, got nothing"),
+        (["--resume"], "[]", "run/run.json must be a JSON object, got list"),
+        (["--resume"], whole.replace('"seed": 0', '"seed": "x"'), "seed must be an integer, got 'x'"),
+    ):
+        (run / "run.json").write_text(text)
+        before = _tree(tmp_path)
+        code, stderr = inline(*base, *flags)
+        assert code == 2 and message in stderr and stderr.count("\n") == 1, stderr
+        assert before == _tree(tmp_path)
+    for name, text in (
+        ("run.json", "null"),
+        ("run.json", whole.replace('"max_length": 4', '"max_length": "4"')),
+        ("adapter_config.json", "[]"),
+        ("adapter_config.json", '{"base_model_name_or_path": 3}'),
+    ):
+        (run / "run.json").write_text(whole)
+        (run / name).write_text(text)
+        code, stderr = inline("sample", "--adapter", "run")
+        assert code == 2 and f"{name}" in stderr and stderr.count("\n") == 1, stderr
+
+
+def test_other_files_in_the_output_folder_stay(model, tmp_path, inline):
+    for name in (".git-credentials", ".pre-commit-config.yaml", "README.md"):
+        (tmp_path / name).write_text(name)
+    before = _tree(tmp_path)
+    for extra in ((), ("--overwrite",)):
+        main_argv("train", "rng", "--model", model, "--output", ".", *FAST, "--steps", "1", *extra)
+        assert before.items() <= _tree(tmp_path).items()
+        assert not list(tmp_path.rglob(".fastgfn-*"))
+
+
 def main_argv(*args):
     """Run the command line in this process, expecting success."""
     sys.argv = ["fastgfn", *map(str, args)]

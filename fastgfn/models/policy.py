@@ -17,6 +17,9 @@ from fastgfn.ops.attention import TreeMask
 from fastgfn.phases import phase
 from fastgfn.types import LogProbs, Role, TokenTree
 
+# Begins the name of every file and folder that is being written; such a name without a writer is a leftover.
+PARTIAL = ".fastgfn-"
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -273,7 +276,7 @@ def save_adapter(policy: Policy, folder: Path) -> None:
 
     Written beside their place and renamed, so that neither is ever half there.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as partial:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=PARTIAL) as partial:
         policy.model.save_pretrained(partial, save_embedding_layers=False)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (Path(partial) / name).replace(folder / name)
