@@ -171,6 +171,17 @@ def test_other_files_in_the_output_folder_stay(model, tmp_path, inline):
         assert not list(tmp_path.rglob(".fastgfn-*"))
 
 
+def test_a_run_is_not_written_into_its_model_nor_taken_for_one(model, tmp_path, inline):
+    before = _tree(model)
+    code, stderr = inline("train", "rng", "--model", model, "--output", model, *FAST)
+    assert code == 2 and "--output must be another folder than --model" in stderr and stderr.count("\n") == 1
+    assert _tree(model) == before
+    main_argv("train", "rng", "--model", model, "--output", "run", *FAST, "--steps", "1")
+    code, stderr = inline("train", "rng", "--model", "run", "--output", "next", *FAST)
+    assert code == 2 and "which holds an adapter" in stderr and stderr.count("\n") == 1
+    assert not (tmp_path / "next").exists()
+
+
 def main_argv(*args):
     """Run the command line in this process, expecting success."""
     sys.argv = ["fastgfn", *map(str, args)]

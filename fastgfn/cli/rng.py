@@ -1,5 +1,6 @@
 """`fastgfn train rng`: set up, train with a live exact KL, write the report."""
 
+import os
 import signal
 import threading
 import time
@@ -63,6 +64,11 @@ class RngRun:
         if settings.plots:
             report.require_plots()
         self.settings = settings
+        same = os.path.isdir(settings.model) and os.path.realpath(settings.model) == os.path.realpath(
+            settings.output
+        )
+        want = "another folder than --model"
+        checks.check(not same, "train", "--output", want, str(settings.output), "choose a new folder")
         self.folder_mode = dict(resume=resume, overwrite=overwrite, events=settings.plots)
         check_run_folder(settings.output, **self.folder_mode)
         self.saved = read_run(settings.output) if resume else None

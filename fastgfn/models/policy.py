@@ -283,7 +283,26 @@ def save_adapter(policy: Policy, folder: Path) -> None:
 
 
 def load_adapter_weights(policy: Policy, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors of an adapter_model.safetensors into the policy's adapter."""
+    """Put the tensors of an adapter_model.safetensors into the policy's adapter.
+
+    Raises:
+        InputError: a tensor is missing, unknown or of another shape; nothing is changed.
+    """
     from peft import set_peft_model_state_dict
 
+    check_adapter_tensors("load_adapter_weights", policy.model, tensors)
     set_peft_model_state_dict(policy.model, tensors)
+
+
+def check_adapter_tensors(function: str, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors other than those of the adapter of `model`; peft would leave the missing ones random."""
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    want, have = ({k: tuple(v.shape) for k, v in part.items()} for part in (own, tensors))
+    wrong = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
+    if wrong:
+        example = f"{wrong[0]}: {have.get(wrong[0])} for {want.get(wrong[0])}"
+        found = f"{len(wrong)} tensors missing, unknown or of another shape ({example})"
+        fix = "pass the whole folder that training wrote"
+        checks.fail(function, "adapter", "an intact adapter of this model", found, fix)
