@@ -1,7 +1,7 @@
 """Durable training state: adapter in PEFT format, optimiser, buffer and counters; safetensors and JSON only.
 
 A checkpoint folder is written under a temporary name, flushed to disk and renamed, so a kill at any moment
-leaves either the old or the new one. All randomness is keyed by (seed, step, trajectory), so the counters in
+leaves the new one or the one before. All randomness is keyed by (seed, step, trajectory), so the counters in
 state.json are the whole random state.
 """
 
@@ -30,6 +30,7 @@ RUN_KEYS = {
     "max_length": int,
     "train": dict,
 }
+STATE_KEYS = {"step": int, "trajectories": int, "tokens": int, "seconds": float, "run": dict, "buffer": dict}
 
 
 def check_run_folder(
@@ -105,37 +106,47 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict) -> Path:
-    """Write checkpoints/step-<state["step"]> if it is not there, and drop all but the newest two."""
+    """Write checkpoints/step-<state["step"]>, in place of one that is there, and keep it and the one before.
+
+    An old folder of this step gives way under a name that `checkpoints` still lists and goes last.
+    """
     target = folder / "checkpoints" / f"step-{state['step']:08d}"
-    if target in checkpoints(folder):
-        return target
-    partial = target.with_name(f"{PARTIAL}{target.name}")
+    partial, aside = target.with_name(f"{PARTIAL}{target.name}"), target.with_name(f"{target.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_adapter(policy, partial)
     save_file(_optimizer_tensors(policy, optimizer), partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps(state))
     _flush(partial)
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
     partial.rename(target)
     _flush(target.parent)
-    for old in checkpoints(folder)[:-KEEP]:
-        shutil.rmtree(old)
+    shutil.rmtree(aside, ignore_errors=True)
+    found = checkpoints(folder)
+    kept = found[: found.index(target) + 1][-KEEP:]
+    for old in found:
+        if old not in kept:
+            shutil.rmtree(old)
     return target
 
 
-def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore the adapter and the optimiser in place; returns the saved state."""
-    state = json.loads((path / "state.json").read_text())
+def read_state(path: Path) -> dict:
+    """The state.json of a checkpoint, or InputError."""
+    return read_json(path / "state.json", STATE_KEYS)
+
+
+def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the adapter and the optimiser in place; a damaged file raises before either changes."""
     adapter, saved = load_file(path / "adapter_model.safetensors"), load_file(path / "optimizer.safetensors")
-    load_adapter_weights(policy, adapter)
     index = {name: i for i, (name, _) in enumerate(policy.parameters())}
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in saved.items():
         name, field = key.rsplit(":", 1)
         moments.setdefault(index[name], {})[field] = value
+    load_adapter_weights(policy, adapter)
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
 
 
 def read_json(path: Path, keys: Mapping[str, type] = {}) -> dict:
