@@ -1,6 +1,9 @@
 """What load_policy refuses of models and adapters on disk and on the hub."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -72,3 +75,35 @@ def test_an_odd_adapter_config_is_refused(model, adapter, text):
     (adapter / "adapter_config.json").write_text(text)
     with pytest.raises(InputError, match="adapter must be an intact adapter of this model"):
         load_policy(str(model), adapter=adapter)
+
+
+def test_a_hub_id_of_an_adapter_is_refused(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--some--adapter" / "snapshots" / ("0" * 40)
+    for path, text in (
+        (snapshot / "adapter_config.json", "{}"),
+        (snapshot.parents[1] / "refs/main", "0" * 40),
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    with pytest.raises(InputError, match="a base model, got 'some/adapter', which holds an adapter"):
+        load_policy("some/adapter")
+
+
+def test_an_unreachable_hub_is_one_line_and_quick(tmp_path):
+    """Port 9 refuses at once: what took 50 s and wrote 23 lines was the hub client's retries."""
+    code = (
+        "import time, sys; from fastgfn.models import load_policy\n"
+        "import transformers.models.auto, peft; start = time.monotonic()\n"
+        "try: load_policy('no/such-model')\n"
+        "except ValueError as error: print(error, file=sys.stderr)\n"
+        "print(time.monotonic() - start)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stderr.startswith("load_policy: model must be") and "'no/such-model'" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert float(done.stdout) < 10.0
