@@ -245,6 +245,24 @@ def test_train_report_sample_and_info(model, tmp_path):
     assert info.returncode == 0 and "tree_attention" in info.stdout
 
 
+def test_sample_prints_one_line_per_sequence(model, tmp_path, inline, monkeypatch, capsys):
+    """Whatever a sequence holds; the escapes are Python's, so the text can be read back."""
+    from ast import literal_eval
+
+    from fastgfn.models import Policy
+
+    main_argv("train", "rng", "--model", model, "--output", "run", *FAST, "--steps", "1")
+    capsys.readouterr()
+    text = "12\n3\\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029 end"
+    monkeypatch.setattr(Policy, "decode", lambda self, ids: text)
+    main_argv("sample", "--adapter", "run", "-n", "3")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("12\\n3\\\\n\\r")
+    assert [literal_eval(f'"{line}"') for line in lines] == [text] * 3
+    main_argv("sample", "--help")
+    assert "escapes: \\\\ and \\n" in " ".join(capsys.readouterr().out.split())
+
+
 def _weights(folder: Path):
     from safetensors.torch import load_file
 

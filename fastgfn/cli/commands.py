@@ -28,6 +28,8 @@ app = typer.Typer(
 train = typer.Typer(no_args_is_help=True, help="Train a sampler on a task.")
 app.add_typer(train, name="train")
 
+# One line is one sequence: every character at which str.splitlines breaks, and the escape itself.
+ESCAPES = {ord(c): repr(c)[1:-1] for c in "\\\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
 ModelOption = Annotated[str, typer.Option(help="'smollm2-135m', a hub id or a local folder.")]
 
 
@@ -82,7 +84,10 @@ def sample(
     termination_token_id: Annotated[int | None, typer.Option(help="Token that ends a sequence.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens of a sequence.")] = None,
 ) -> None:
-    """Draw sequences from a trained sampler, one per line."""
+    """Draw sequences from a trained sampler, one per line.
+
+    Backslashes and line breaks within a sequence are written as Python escapes: \\\\ and \\n.
+    """
     run = read_run(adapter) if os.path.exists(adapter / "run.json") else {}
     described = adapter / "adapter_config.json"
     base = read_json(described).get("base_model_name_or_path") if os.path.exists(described) else None
@@ -110,7 +115,7 @@ def sample(
         seed=seed,
     )
     for sequence in rollouts.sequences():
-        print(policy.decode(sequence))
+        print(policy.decode(sequence).translate(ESCAPES))
 
 
 @app.command()
