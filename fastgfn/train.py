@@ -5,7 +5,9 @@ prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss -> optimi
 
 import hashlib
 import json
+import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastgfn import checks
-from fastgfn.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fastgfn.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from fastgfn.config import TrainConfig
 from fastgfn.models import Policy
 from fastgfn.objectives import modified_subtb_loss
@@ -86,6 +88,7 @@ class Trainer:
         self.trajectories = 0
         self.tokens = 0
         self.seconds = 0.0
+        self._run_folder: str | None = None  # whose checkpoints are this run's
 
     def step(self) -> dict[str, float]:
         """One optimiser step over `accumulation` micro-batches; returns metrics of the batch."""
@@ -139,10 +142,13 @@ class Trainer:
         `seconds` counts the wall time in here, evaluations and checkpoints included.
 
         `should_stop` is asked after every step; when it says yes a checkpoint is written and False returned.
+
+        Raises:
+            InputError: the folder holds checkpoints and this trainer neither wrote nor resumed them.
         """
         every = self.config.checkpoint_every
         started = time.perf_counter() - self.seconds
-        if self.steps_done == 0:
+        if os.path.realpath(run_folder) != self._run_folder:
             self.save(run_folder)
         while self.steps_done < self.config.steps:
             metrics = self.step()
@@ -156,7 +162,16 @@ class Trainer:
         return True
 
     def save(self, run_folder: Path) -> Path:
-        """Write a checkpoint; see fastgfn.checkpoint."""
+        """Write a checkpoint; see fastgfn.checkpoint.
+
+        Raises:
+            InputError: the folder holds checkpoints and this trainer neither wrote nor resumed them.
+        """
+        folder = os.path.realpath(run_folder)
+        free = folder == self._run_folder or not checkpoints(Path(folder))
+        have, fix = f"{run_folder}, with checkpoints of another run", "choose another folder or resume"
+        checks.check(free, "Trainer.save", "run_folder", "new, or this run's", have, fix)
+        self._run_folder = folder
         state = {
             "step": self.steps_done,
             "trajectories": self.trajectories,
@@ -165,34 +180,39 @@ class Trainer:
             "run": self._describe(),
             "buffer": self.buffer.state(),
         }
-        return save_checkpoint(Path(run_folder), self.policy, self.optimizer, state)
+        return save_checkpoint(Path(folder), self.policy, self.optimizer, state)
 
     def resume(self, run_folder: Path) -> int:
-        """Continue from the newest checkpoint of a run folder; returns the number of steps already done.
+        """Continue from the newest intact checkpoint; returns the number of steps already done.
+
+        A damaged checkpoint is passed over with a warning: training again to its step writes the same bits.
 
         Raises:
-            InputError: no checkpoint, or it was written with other settings.
+            InputError: no intact checkpoint, or it was written with other settings.
         """
-        found = checkpoints(Path(run_folder))
-        want = "a run with an intact checkpoint"
-        checks.check(bool(found), "Trainer.resume", "run_folder", want, str(run_folder), "train first")
-        self._same_run(json.loads((found[-1] / "state.json").read_text()))
-        for path in reversed(found):
+        damaged: list[str] = []
+        for path in reversed(checkpoints(Path(run_folder))):
             try:
-                state = load_checkpoint(path, self.policy, self.optimizer)
-                break
-            except (OSError, ValueError, KeyError, SafetensorError):
+                state = read_state(path)
+            except checks.InputError as error:
+                damaged.append(f"{path.name}: {error}")
                 continue
-        else:
-            checks.fail("Trainer.resume", "run_folder", want, str(run_folder), "start again without resume")
-        self.steps_done, self.trajectories, self.tokens = (
-            state["step"],
-            state["trajectories"],
-            state["tokens"],
-        )
-        self.seconds = state["seconds"]
-        self.buffer.load_state(state["buffer"])
-        return self.steps_done
+            self._same_run(state)
+            try:
+                self.buffer.load_state(state["buffer"])
+                load_checkpoint(path, self.policy, self.optimizer)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+                damaged.append(f"{path.name}: {error}")
+                continue
+            if damaged:
+                warnings.warn(f"Trainer.resume: passed over damaged {'; '.join(damaged)}", stacklevel=2)
+            self.steps_done, self.trajectories = state["step"], state["trajectories"]
+            self.tokens, self.seconds = state["tokens"], state["seconds"]
+            self._run_folder = os.path.realpath(run_folder)
+            return self.steps_done
+        have = f"{run_folder} ({'damaged ' + damaged[0] if damaged else 'no checkpoint'})"
+        fix = "train in another folder" if damaged else "train first"
+        checks.fail("Trainer.resume", "run_folder", "a run with an intact checkpoint", have, fix)
 
     def _describe(self) -> dict:
         """What has to be the same for a run to be continued."""

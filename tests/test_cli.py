@@ -126,6 +126,62 @@ def test_damaged_adapters_are_one_line(model, tmp_path, inline):
     assert code == 2 and "must be a readable JSON file" in stderr, stderr
 
 
+def _tree(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_odd_run_folders_are_one_line_and_nothing_changes(model, tmp_path, inline):
+    base = ("train", "rng", "--model", model, "--output", "run", *FAST, "--steps", "2")
+    code, stderr = inline(*base, "--output", "a" * 300)
+    assert code == 2 and "File name too long" in stderr and stderr.count("\n") == 1, stderr
+    main_argv(*base)
+    run = tmp_path / "run"
+    whole = (run / "run.json").read_text()
+    for flags, text, message in (
+        (["--resume", "--overwrite"], whole, "one of resume and overwrite"),
+        (["--overwrite"], "{}", "model in run/run.json must be of type str, got nothing"),
+        (["--resume"], "{}", "model in run/run.json must be of type str, got nothing"),
+        (["--resume"], "[]", "run/run.json must be a JSON object, got list"),
+        (["--resume"], whole.replace('"seed": 0', '"seed": "x"'), "seed must be an integer, got 'x'"),
+    ):
+        (run / "run.json").write_text(text)
+        before = _tree(tmp_path)
+        code, stderr = inline(*base, *flags)
+        assert code == 2 and message in stderr and stderr.count("\n") == 1, stderr
+        assert before == _tree(tmp_path)
+    for name, text in (
+        ("run.json", "null"),
+        ("run.json", whole.replace('"max_length": 4', '"max_length": "4"')),
+        ("adapter_config.json", "[]"),
+        ("adapter_config.json", '{"base_model_name_or_path": 3}'),
+    ):
+        (run / "run.json").write_text(whole)
+        (run / name).write_text(text)
+        code, stderr = inline("sample", "--adapter", "run")
+        assert code == 2 and f"{name}" in stderr and stderr.count("\n") == 1, stderr
+
+
+def test_other_files_in_the_output_folder_stay(model, tmp_path, inline):
+    for name in (".git-credentials", ".pre-commit-config.yaml", "README.md"):
+        (tmp_path / name).write_text(name)
+    before = _tree(tmp_path)
+    for extra in ((), ("--overwrite",)):
+        main_argv("train", "rng", "--model", model, "--output", ".", *FAST, "--steps", "1", *extra)
+        assert before.items() <= _tree(tmp_path).items()
+        assert not list(tmp_path.rglob(".fastgfn-*"))
+
+
+def test_a_run_is_not_written_into_its_model_nor_taken_for_one(model, tmp_path, inline):
+    before = _tree(model)
+    code, stderr = inline("train", "rng", "--model", model, "--output", model, *FAST)
+    assert code == 2 and "--output must be another folder than --model" in stderr and stderr.count("\n") == 1
+    assert _tree(model) == before
+    main_argv("train", "rng", "--model", model, "--output", "run", *FAST, "--steps", "1")
+    code, stderr = inline("train", "rng", "--model", "run", "--output", "next", *FAST)
+    assert code == 2 and "which holds an adapter" in stderr and stderr.count("\n") == 1
+    assert not (tmp_path / "next").exists()
+
+
 def main_argv(*args):
     """Run the command line in this process, expecting success."""
     sys.argv = ["fastgfn", *map(str, args)]
@@ -187,6 +243,24 @@ def test_train_report_sample_and_info(model, tmp_path):
     assert refused.returncode == 2 and "--resume, --overwrite or another folder" in refused.stderr
     info = _run("info", cwd=tmp_path)
     assert info.returncode == 0 and "tree_attention" in info.stdout
+
+
+def test_sample_prints_one_line_per_sequence(model, tmp_path, inline, monkeypatch, capsys):
+    """Whatever a sequence holds; the escapes are Python's, so the text can be read back."""
+    from ast import literal_eval
+
+    from fastgfn.models import Policy
+
+    main_argv("train", "rng", "--model", model, "--output", "run", *FAST, "--steps", "1")
+    capsys.readouterr()
+    text = "12\n3\\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029 end"
+    monkeypatch.setattr(Policy, "decode", lambda self, ids: text)
+    main_argv("sample", "--adapter", "run", "-n", "3")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("12\\n3\\\\n\\r")
+    assert [literal_eval(f'"{line}"') for line in lines] == [text] * 3
+    main_argv("sample", "--help")
+    assert "escapes: \\\\ and \\n" in " ".join(capsys.readouterr().out.split())
 
 
 def _weights(folder: Path):

@@ -1,6 +1,7 @@
 """The commands; each parses its options, builds the objects of the library and calls them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgfn import checks
-from fastgfn.checkpoint import read_json
+from fastgfn.checkpoint import read_json, read_run
 from fastgfn.cli.bench import run as run_bench
 from fastgfn.cli.rng import RngRun, RngSettings
 from fastgfn.config import TrainConfig
@@ -27,6 +28,8 @@ app = typer.Typer(
 train = typer.Typer(no_args_is_help=True, help="Train a sampler on a task.")
 app.add_typer(train, name="train")
 
+# One line is one sequence: every character at which str.splitlines breaks, and the escape itself.
+ESCAPES = {ord(c): repr(c)[1:-1] for c in "\\\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
 ModelOption = Annotated[str, typer.Option(help="'smollm2-135m', a hub id or a local folder.")]
 
 
@@ -65,7 +68,7 @@ def train_rng(
         lora_dropout=lora_dropout,
         plots=plots,
     )
-    finished = RngRun(settings, overrides, resume=resume).run(resume=resume, overwrite=overwrite)
+    finished = RngRun(settings, overrides, resume=resume, overwrite=overwrite).run()
     if not finished:
         raise typer.Exit(130)
 
@@ -81,11 +84,16 @@ def sample(
     termination_token_id: Annotated[int | None, typer.Option(help="Token that ends a sequence.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens of a sequence.")] = None,
 ) -> None:
-    """Draw sequences from a trained sampler, one per line."""
-    known = adapter / "run.json"
-    run = read_json(known) if known.is_file() else {}
+    """Draw sequences from a trained sampler, one per line.
+
+    Backslashes and line breaks within a sequence are written as Python escapes: \\\\ and \\n.
+    """
+    run = read_run(adapter) if os.path.exists(adapter / "run.json") else {}
     described = adapter / "adapter_config.json"
-    base = read_json(described).get("base_model_name_or_path") if described.is_file() else None
+    base = read_json(described).get("base_model_name_or_path") if os.path.exists(described) else None
+    fix = "pass --model, or restore adapter_config.json"
+    named = base is None or isinstance(base, str)
+    checks.check(named, "sample", "base_model_name_or_path", "text", repr(base)[:80], fix)
     policy = load_policy(model or run.get("model") or base or BUNDLED, adapter=adapter)
     ids = run.get("prompt_ids") if prompt is None else policy.encode(prompt)
     checks.check(
@@ -107,7 +115,7 @@ def sample(
         seed=seed,
     )
     for sequence in rollouts.sequences():
-        print(policy.decode(sequence))
+        print(policy.decode(sequence).translate(ESCAPES))
 
 
 @app.command()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastgfn import checks
 from fastgfn.models import BUNDLED
+from fastgfn.models.policy import PARTIAL
 from fastgfn.ops.backends import versions
 from fastgfn.tasks.rng import RandomIntegers
 
@@ -63,7 +64,7 @@ def histogram(path: Path, before: Tensor, after: Tensor, task: RandomIntegers) -
     axes[0].legend(frameon=False)
     axes[1].set_xlabel("integer")
     figure.tight_layout()
-    partial = path.with_name(f".{path.name}")
+    partial = path.with_name(f"{PARTIAL}{path.name}")
     figure.savefig(partial, dpi=120, format="png")
     plt.close(figure)
     partial.replace(path)

@@ -1,5 +1,6 @@
 """`fastgfn train rng`: set up, train with a live exact KL, write the report."""
 
+import os
 import signal
 import threading
 import time
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastgfn import checks
-from fastgfn.checkpoint import prepare_run_folder, read_json, write_json
+from fastgfn.checkpoint import check_run_folder, prepare_run_folder, read_run, write_json
 from fastgfn.cli import report
 from fastgfn.config import TrainConfig
 from fastgfn.models import Policy, load_policy, save_adapter
@@ -57,12 +58,21 @@ class RngSettings:
 class RngRun:
     """One run: everything is validated before the run folder is touched."""
 
-    def __init__(self, settings: RngSettings, overrides: dict, *, resume: bool = False) -> None:
+    def __init__(
+        self, settings: RngSettings, overrides: dict, *, resume: bool = False, overwrite: bool = False
+    ) -> None:
         if settings.plots:
             report.require_plots()
         self.settings = settings
-        known = settings.output / "run.json"
-        base = read_json(known)["train"] if resume and known.is_file() else DEFAULTS
+        same = os.path.isdir(settings.model) and os.path.realpath(settings.model) == os.path.realpath(
+            settings.output
+        )
+        want = "another folder than --model"
+        checks.check(not same, "train", "--output", want, str(settings.output), "choose a new folder")
+        self.folder_mode = dict(resume=resume, overwrite=overwrite, events=settings.plots)
+        check_run_folder(settings.output, **self.folder_mode)
+        self.saved = read_run(settings.output) if resume else None
+        base = DEFAULTS if self.saved is None else self.saved["train"]
         self.config = TrainConfig.from_dict(base | overrides)
         self.policy = load_policy(
             settings.model,
@@ -81,15 +91,15 @@ class RngRun:
         self.console = Console()
         self.stop = threading.Event()
 
-    def run(self, *, resume: bool, overwrite: bool) -> bool:
+    def run(self) -> bool:
         """Train and report; False if it was interrupted (a checkpoint is written)."""
         trainer = make_trainer(self.policy, self.task, self.config)
         before_log_q = self.task.log_probs(self.policy)
         before = self.task.evaluate(self.policy)
-        if resume:
-            self._same_run(self.settings.output)
-        folder = prepare_run_folder(self.settings.output, resume=resume, overwrite=overwrite)
-        if resume:
+        if self.saved is not None:
+            self._same_run(self.saved)
+        folder = prepare_run_folder(self.settings.output, **self.folder_mode)
+        if self.saved is not None:
             self.console.print(f"resumed at step {trainer.resume(folder)} of {self.config.steps}")
         else:
             write_json(folder / "run.json", self._describe())
@@ -157,19 +167,9 @@ class RngRun:
             raise KeyboardInterrupt
         self.stop.set()
 
-    def _same_run(self, folder: Path) -> None:
+    def _same_run(self, saved: dict) -> None:
         """Refuse to continue a run with another task, model or adapter than it was started with."""
-        path = folder / "run.json"
         fix = "pass the options the run was started with"
-        checks.check(
-            path.is_file(),
-            "resume",
-            "path",
-            "a folder with a checkpoint",
-            str(folder),
-            "start without --resume",
-        )
-        saved = read_json(path)
         for key, value in self._describe().items():
             if key not in ("plots", "train"):
                 checks.check(saved.get(key) == value, "resume", key, repr(saved.get(key)), repr(value), fix)

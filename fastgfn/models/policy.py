@@ -17,6 +17,9 @@ from fastgfn.ops.attention import TreeMask
 from fastgfn.phases import phase
 from fastgfn.types import LogProbs, Role, TokenTree
 
+# Begins the name of every file and folder that is being written; such a name without a writer is a leftover.
+PARTIAL = ".fastgfn-"
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -273,14 +276,33 @@ def save_adapter(policy: Policy, folder: Path) -> None:
 
     Written beside their place and renamed, so that neither is ever half there.
     """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as partial:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=PARTIAL) as partial:
         policy.model.save_pretrained(partial, save_embedding_layers=False)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (Path(partial) / name).replace(folder / name)
 
 
 def load_adapter_weights(policy: Policy, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors of an adapter_model.safetensors into the policy's adapter."""
+    """Put the tensors of an adapter_model.safetensors into the policy's adapter.
+
+    Raises:
+        InputError: a tensor is missing, unknown or of another shape; nothing is changed.
+    """
     from peft import set_peft_model_state_dict
 
+    check_adapter_tensors("load_adapter_weights", policy.model, tensors)
     set_peft_model_state_dict(policy.model, tensors)
+
+
+def check_adapter_tensors(function: str, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors other than those of the adapter of `model`; peft would leave the missing ones random."""
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    want, have = ({k: tuple(v.shape) for k, v in part.items()} for part in (own, tensors))
+    wrong = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
+    if wrong:
+        example = f"{wrong[0]}: {have.get(wrong[0])} for {want.get(wrong[0])}"
+        found = f"{len(wrong)} tensors missing, unknown or of another shape ({example})"
+        fix = "pass the whole folder that training wrote"
+        checks.fail(function, "adapter", "an intact adapter of this model", found, fix)
