@@ -14,15 +14,18 @@ import subprocess
 import sys
 import tempfile
 
-from fastgfn.kernels import tree_attention
+from fastgfn.kernels import head, head_fused, head_sample_next, log_probs, sample_next, tree_attention
 
 CAPABILITIES = (80, 90, 100)
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TENSOR_CORES = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 LAUNCH = ("num_warps", "num_stages", "capabilities", "TYPES", "OPTIONS", "ALIGNED")
 
-ALL_ON = {"HAS_STOP": True, "HAS_SOFTCAP": True, "HAS_BIAS": True, "BLOCK": 4096, "stride_v": 1}
-ALL_OFF = {"HAS_STOP": False, "HAS_SOFTCAP": False, "HAS_BIAS": False, "BLOCK": 4096, "stride_v": 1}
+ALL_ON = {"HAS_STOP": True, "HAS_SOFTCAP": True, "HAS_BIAS": True} | {
+    "BLOCK": log_probs.BLOCK_V,
+    "stride_v": 1,
+}
+ALL_OFF = ALL_ON | {"HAS_STOP": False, "HAS_SOFTCAP": False, "HAS_BIAS": False}
 TILES = {"NUM_TILES": 13}
 LOGITS = {"logits_ptr": "*bf16", "grad_logits_ptr": "*bf16", "targets_ptr": "*i64"} | dict.fromkeys(
     ("pre_scale", "post_scale", "bias_scale", "factor"), "fp32"
@@ -81,15 +84,13 @@ DRAWS = dict.fromkeys(("rows_ptr", "trajectory_ptr", "position_ptr", "seed_ptr",
     "pre_scale": "fp32",
     "post_scale": "fp32",
 }
-LOGIT_TILES = {"TILES": 2, "BLOCK": 4096, "ALIGNED": ALIGNED}
+LOGIT_TILES = {"TILES": sample_next.LOGITS_TILES, "BLOCK": sample_next.LOGITS_BLOCK, "ALIGNED": ALIGNED}
 
 
 def draw_variants():
     """fused_draw: every block of its table, each with all options, the first of each type without any."""
-    from fastgfn.kernels.head_sample_next import HEAD_BLOCKS
-
     flags = ("HAS_BIAS", "HAS_LOGIT_BIAS", "HAS_SOFTCAP")
-    for size, table in HEAD_BLOCKS.items():
+    for size, table in head_sample_next.HEAD_BLOCKS.items():
         types = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), {2: "*bf16", 4: "*fp32"}[size])
         for on in (True, False):
             for _, (block_m, block_v, block_d, warps, stages) in table[: None if on else 1]:
@@ -107,7 +108,8 @@ def draw_variants():
                 }
 
 
-def tile(rows, vocab, width, num_warps, num_stages, precision="ieee"):
+def tile(blocks, precision="ieee"):
+    rows, vocab, width, num_warps, num_stages = blocks
     sizes = {"BLOCK_R": rows, "BLOCK_V": vocab, "BLOCK_D": width, "PRECISION": precision, "WIDTH": 2048}
     flags = {"IS_EVEN": True, "IS_INTERPRETED": False, "ALIGNED": "all"}
     return sizes | flags | {"num_warps": num_warps, "num_stages": num_stages} | UNIT
@@ -120,8 +122,7 @@ def row_pass_variants(constants):
 # 50257 and such: their products with a weight are padded, so only these arguments lack a factor of 16.
 ODD = ("vocab", "num_rows", "num_policy", "first_row", "num_grad_rows", "num_entries")
 ODD += ("num_splits", "num_blocks", "stop")
-WIDE, LARGE, SMALL = (128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4)
-SINGLE = (64, 64, 32, 4, 3, "tf32x3")
+WIDE, LARGE, SMALL, SINGLE = head_fused.WIDE, head_fused.LARGE, head_fused.SMALL, head_fused.SINGLE
 UNEVEN = {"IS_EVEN": False, "WIDTH": 1602}
 
 # Module and kernel -> argument types (default: *fp32 for pointers, i32), variants of its constants, warps.
@@ -129,25 +130,27 @@ UNEVEN = {"IS_EVEN": False, "WIDTH": 1602}
 KERNELS = {
     "head._entry_logits_fwd_kernel": (
         HEAD | INDICES,
-        row_pass_variants({"WIDTH": 2048, "BLOCK_E": 16, "BLOCK_D": 256} | UNIT),
+        row_pass_variants(
+            {"WIDTH": 2048, "BLOCK_E": head.ENTRY_TILE[0], "BLOCK_D": head.ENTRY_TILE[1]} | UNIT
+        ),
         4,
     ),
     "head._row_pass_fwd_kernel": (
         ROW_PASS,
-        row_pass_variants({"NUM_TILES": 13, "BLOCK": 4096, "BLOCK_E": 16}),
-        8,
+        row_pass_variants({"NUM_TILES": 13, "BLOCK": head.ROW_TILE[0], "BLOCK_E": 16}),
+        head.ROW_TILE[1],
     ),
     "head_fused._fused_parts_fwd_kernel": (
         HEAD,
         (
-            FUSED_OFF | tile(*WIDE) | {"capabilities": (90, 100)},
-            *(NO_SOFTCAP | tile(*WIDE) | {"capabilities": (90,)} | width for width in ({}, UNEVEN)),
-            NO_SOFTCAP | tile(*SMALL) | {"capabilities": (100,)} | UNEVEN,
-            FUSED_OFF | tile(*LARGE) | {"capabilities": (80,)},
-            FUSED_ON | tile(*LARGE) | {"capabilities": (80, 90)},
-            FUSED_ON | tile(*LARGE) | {"capabilities": (80, 90)} | UNEVEN,
-            FUSED_ON | tile(*SMALL),
-            FUSED_ON | tile(*SINGLE) | {"TYPES": FUSED_32},
+            FUSED_OFF | tile(WIDE) | {"capabilities": (90, 100)},
+            *(NO_SOFTCAP | tile(WIDE) | {"capabilities": (90,)} | width for width in ({}, UNEVEN)),
+            NO_SOFTCAP | tile(SMALL) | {"capabilities": (100,)} | UNEVEN,
+            FUSED_OFF | tile(LARGE) | {"capabilities": (80,)},
+            FUSED_ON | tile(LARGE) | {"capabilities": (80, 90)},
+            FUSED_ON | tile(LARGE) | {"capabilities": (80, 90)} | UNEVEN,
+            FUSED_ON | tile(SMALL),
+            FUSED_ON | tile(SINGLE, "tf32x3") | {"TYPES": FUSED_32},
         ),
         8,
     ),
