@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from fastgfn.testing import assert_close_to_truth, relative_error
 
 @pytest.fixture(autouse=True, params=["csrc", "torch"])
 def provider(request, monkeypatch):
-    """Every test holds for the C++ pass, where it applies (even D, AVX-512), and for the torch tiles."""
+    """Every test holds for the C++ pass, where it applies (even D, AVX512_BF16), and for the torch tiles."""
     if request.param == "torch":
         monkeypatch.setattr(op, "uses_csrc", lambda hidden, weight: False)
     return request.param
@@ -311,3 +314,29 @@ def test_the_csrc_pass_refuses_other_dtypes_and_ids_out_of_range():
     ):
         with pytest.raises(ValueError, match=f"head_forward: {message}"):
             torch.ops.fastgfn.head_forward(hidden, weight, None, None, ids, columns, 1.0, 0.0, True)
+
+
+BFLOAT16_CALL = """
+import torch, fastgfn
+from fastgfn.functional import linear_log_probs
+from fastgfn.reference import linear_log_probs as plain
+
+hidden, weight, targets = torch.randn(3, 8).bfloat16(), torch.randn(20, 8).bfloat16(), torch.tensor([1, 2, 3])
+want = plain.linear_log_probs(hidden.float(), weight.float(), targets)[0]
+def check():
+    assert float((linear_log_probs(hidden, weight, targets).log_pf - want).abs().max()) < 1e-5
+    return "csrc" in fastgfn.backend_info()["ops"]["linear_log_probs"]["cpu"]
+
+with torch.backends.mkldnn.flags(enabled=False):
+    assert not check()
+assert check() in EXPECTED
+"""
+
+
+# What oneDNN is held to -> whether it has the block product (it may, where the CPU itself has).
+@pytest.mark.parametrize("isa, expected", [("AVX2", "[0]"), ("AVX512_CORE_VNNI", "[0]"), ("ALL", "[0, 1]")])
+def test_bfloat16_without_the_block_product(isa, expected):
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": isa}
+    script = BFLOAT16_CALL.replace("EXPECTED", expected)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

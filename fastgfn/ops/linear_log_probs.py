@@ -5,8 +5,7 @@ torch, is "tiles", the only one on the CPU.
 The vocabulary is cut into tiles and is the outer loop: the weight is read once per pass, a tile of logits
 stays in cache, and the weight gradient of a tile is written once. The columns to read are a sorted list of
 distinct (column, row) entries, so those of a tile are one range and every gradient sum has a fixed order.
-On a CPU with AVX-512 the bfloat16 forward is one C++ pass (csrc/head.cpp): torch can multiply bfloat16 only
-into bfloat16, whose rounding log-probs would show. Elsewhere it is torch in float32, tile by tile.
+On CPU the bfloat16 forward is one C++ pass where that runs (`ops/head_csrc.py`); elsewhere, torch in float32.
 """
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import fastgfn._C  # noqa: F401
 from fastgfn.ops import head
+from fastgfn.ops.head_csrc import by_csrc, uses_csrc
 from fastgfn.ops.linear import product
 
 # Logits of one tile are (R, VOCAB_TILE); wider tiles leave the cache and were slower at every R.
@@ -140,7 +140,7 @@ def _linear_log_probs(
             provider, hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded
         )
     if graded == num_rows and uses_csrc(hidden, weight):
-        return _by_csrc(
+        return by_csrc(
             hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, temperature, save_row_grad
         )
     x = _scaled_hidden(hidden, logit_scale, softcap, temperature)
@@ -244,43 +244,6 @@ def _backward(
     return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
-def uses_csrc(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the C++ pass serves a head: bfloat16 rows of even width on a CPU with AVX-512."""
-    return (
-        hidden.device.type == "cpu"
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and hidden.dtype == weight.dtype == torch.bfloat16
-        and hidden.shape[1] > 0
-        and hidden.shape[1] % 2 == 0
-        and weight.stride(1) == 1
-        and weight.stride(0) % 2 == 0
-        and weight.data_ptr() % 4 == 0
-    )
-
-
-def _by_csrc(
-    hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, temperature, save_row_grad
-):
-    scale = logit_scale / (temperature if softcap is None else softcap)
-    logits, slope, peak, total, row_grad = torch.ops.fastgfn.head_forward(
-        hidden.contiguous(),
-        weight,
-        None if bias is None else bias.float() * scale,
-        None if logit_bias is None else logit_bias.float() / temperature,
-        rows,
-        columns,
-        scale,
-        0.0 if softcap is None else softcap / temperature,
-        save_row_grad,
-    )
-    log_total = total.log().float()
-    log_p = (logits - peak[rows]) - log_total[rows]
-    if save_row_grad:
-        row_grad.div_(total[:, None].float())
-    lse_parts = torch.stack([peak, log_total])
-    return log_p, lse_parts.sum(0), slope, lse_parts, row_grad
-
-
 def _scaled_hidden(hidden: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return hidden.to(dtype) * (logit_scale / (temperature if softcap is None else softcap))
@@ -332,17 +295,6 @@ def _logit_grads(
     others = total[rows] - grad_log_p - grad_lse[rows]
     at_entries = (grad_log_p * -torch.expm1(log_p) - log_p.exp() * others) * slope
     return grad_lse - total, at_entries
-
-
-@torch.library.register_fake("fastgfn::head_forward")
-def _(hidden, weight, bias, logit_bias, rows, columns, scale, softcap, want_grad):
-    def floats(*shape):
-        return hidden.new_empty(shape, dtype=torch.float32)
-
-    entries, num_rows = rows.shape[0], hidden.shape[0]
-    row_grad = floats(*hidden.shape) if want_grad else floats(0)
-    total = hidden.new_empty(num_rows, dtype=torch.float64)
-    return floats(entries), floats(entries), floats(num_rows), total, row_grad
 
 
 @_linear_log_probs.register_fake
