@@ -1,11 +1,14 @@
 import math
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.profiler import profile
+from torch.utils import cpp_extension
 
 from fastgfn import checks
 from fastgfn.functional.log_probs import linear_log_probs
@@ -340,3 +343,14 @@ def test_bfloat16_without_the_block_product(isa, expected):
     script = BFLOAT16_CALL.replace("EXPECTED", expected)
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not shutil.which("g++-11"), reason="no g++-11")
+def test_the_oldest_compiler_builds_the_fast_clones(tmp_path):
+    source, built = Path(__file__).parents[1] / "csrc" / "vector_math.cpp", tmp_path / "vector_math.o"
+    include = [f"-I{path}" for path in cpp_extension.include_paths()]
+    subprocess.run(["g++-11", "-std=c++20", "-O3", "-fPIC", *include, "-c", source, "-o", built], check=True)
+    code = subprocess.run(["objdump", "-d", built], capture_output=True, text=True, check=True).stdout
+    bodies = {part.split(">:")[0]: part for part in code.split("\n\n")}
+    (fast,) = (body for name, body in bodies.items() if "exp_and_sum" in name and "avx512f" in name)
+    assert "zmm" in fast
