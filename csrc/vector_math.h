@@ -43,7 +43,7 @@ inline float exp_bounded(float x) {
 void scale_logits(float* z, int64_t count, float scale, const float* bias, const float* logit_bias, float softcap,
                   float* slope);
 float max_of(const float* z, int64_t count);
-// z = exp(z - peak), and the sum. Few terms meet in float32: next to a 1 the small ones would be lost.
+// z = exp(z - peak), and the sum.
 double exp_and_sum(float* z, int64_t count, float peak);
 void multiply(float* x, int64_t count, float factor);
 void multiply_by(float* x, const float* factor, int64_t count);

@@ -46,27 +46,37 @@ def _probe_brgemm() -> bool:
     return True
 
 
-def by_csrc(
-    hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, temperature, save_row_grad
-):
+def rest_by_csrc(
+    hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`linear_log_probs._rest_by_tiles`: a pass for the graded rows, one without gradient for the others."""
+    logit_scale, softcap, temperature = scales
     scale = logit_scale / (temperature if softcap is None else softcap)
-    logits, slope, peak, total, row_grad = torch.ops.fastgfn.head_forward(
-        hidden.contiguous(),
-        weight,
-        None if bias is None else bias.float() * scale,
-        None if logit_bias is None else logit_bias.float() / temperature,
-        rows,
-        columns,
-        scale,
-        0.0 if softcap is None else softcap / temperature,
-        save_row_grad,
-    )
-    log_total = total.log().float()
-    log_p = (logits - peak[rows]) - log_total[rows]
-    if save_row_grad:
-        row_grad.div_(total[:, None].float())
-    lse_parts = torch.stack([peak, log_total])
-    return log_p, lse_parts.sum(0), slope, lse_parts, row_grad
+    bias = None if bias is None else bias.float() * scale
+    masks = (None, None)
+    if logit_bias is not None:
+        masks = (logit_bias.float() / temperature).expand(2, -1)
+    logits, slope = (hidden.new_empty(rows.shape, dtype=torch.float32) for _ in range(2))
+    parts = []
+    for first, last, mask in ((0, graded, masks[0]), (graded, hidden.shape[0], masks[1])):
+        if first == last:
+            continue
+        own = ((rows >= first) & (rows < last)).nonzero()[:, 0]
+        logits[own], slope[own], *part = torch.ops.fastgfn.head_forward(
+            hidden[first:last].contiguous(),
+            weight,
+            bias,
+            mask,
+            rows[own] - first,
+            columns[own],
+            scale,
+            0.0 if softcap is None else softcap / temperature,
+            save_row_grad and first < graded,
+        )
+        parts.append(part)
+    peak, total = (torch.cat([part[i] for part in parts]) for i in range(2))
+    row_grad = parts[0][2] if graded else hidden.new_zeros((0, hidden.shape[1]), dtype=torch.float32)
+    return logits, slope, peak, total, row_grad if save_row_grad else row_grad.new_empty(0)
 
 
 @torch.library.register_fake("fastgfn::head_forward")
