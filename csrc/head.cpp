@@ -1,6 +1,7 @@
 // The language-model head without its (R, V) logits, in bfloat16 on CPU. The vocabulary is cut into tiles; per
-// tile and block of rows: logits by oneDNN's block product with float32 sums, running maximum and sum,
-// unnormalised probabilities, and their product with the tile of the weight. Equations:
+// tile and block of rows: logits by oneDNN's block product with float32 sums; then, of all columns but the entries,
+// running maximum and sum, unnormalised probabilities, and their product with the tile of the weight. The entries
+// stand apart: next to a confident token's 1 the sums would lose the rest, which is its 1 - p. Equations:
 // fastgfn/reference/linear_log_probs.py.
 #include "checks.h"
 #include "vector_math.h"
@@ -89,7 +90,7 @@ class Head {
     });
   }
 
-  Tensor peak, total, row_grad;
+  Tensor peak, total, row_grad;  // of all columns but the entries
 
  private:
   void pack(int64_t start, int64_t width) {
@@ -123,6 +124,7 @@ class Head {
       const int64_t at = (entries.row[e] - row) * kTile + entries.column[e] - start;
       logits[entries.slot[e]] = z[at];
       slope[entries.slot[e]] = s.empty() ? 1.0f : s[at];
+      z[at] = -std::numeric_limits<float>::infinity();
     }
     float* peaks = peak.data_ptr<float>() + row;
     double* totals = total.data_ptr<double>() + row;
@@ -134,7 +136,6 @@ class Head {
       if (want_grad_ && shrink != 1.0f) multiply(row_grad_of(row + i), depth, shrink);
     }
     if (!want_grad_) return;
-    for (auto e = first; e < last; ++e) z[(entries.row[e] - row) * kTile + entries.column[e] - start] = 0.0f;
     for (int64_t i = 0; i < rows && !s.empty(); ++i) multiply_by(&z[i * kTile], &s[i * kTile], width);
     add_product(row, rows, start, width, z, p);
   }

@@ -106,6 +106,9 @@ CASES = {
     "no_reward": (dict(num_policy=3, num_reward=0, vocab=37, width=5, num_targets=(4, 0), bias=False), {}),
     "no_policy": (dict(num_policy=0, num_reward=3, vocab=37, width=5, num_targets=(0, 4)), {}),
     "one_row": (dict(num_policy=1, num_reward=1, vocab=2, width=1, num_targets=(20, 1)), {}),
+    "no_reward_even": (dict(num_policy=2, num_reward=0, vocab=37, width=8, num_targets=(4, 0)), {}),
+    "no_policy_even": (dict(num_policy=0, num_reward=3, vocab=37, width=8, num_targets=(0, 4)), {}),
+    "even": (dict(num_policy=70, num_reward=9, vocab=530, width=8, num_targets=(80, 8)), EVERYTHING),
     "vocab_1333": (dict(num_policy=6, num_reward=5, vocab=1333, width=8, num_targets=(9, 9)), {}),
 }
 
@@ -182,6 +185,16 @@ def test_a_tile_of_the_weight_is_read_once_and_only_policy_rows_form_a_gradient(
     run(stacked, cast(make_inputs(4, 6, 1000, 5, (6, 7)), torch.float32))
     both, policy = [((10, 5), (512, 5)), ((10, 5), (488, 5))], [((4, 512), (5, 512)), ((4, 488), (5, 488))]
     assert shapes == [both[0], policy[0], both[1], policy[1]]
+
+
+@pytest.mark.skipif(not op.uses_csrc(*[torch.zeros(2, 2).bfloat16()] * 2), reason="no bfloat16 block product")
+def test_bfloat16_takes_the_csrc_pass(monkeypatch):
+    monkeypatch.setattr(op, "_rest_by_tiles", None)
+    inputs = cast(make_inputs(4, 6, 600, 8, (6, 7)), torch.bfloat16)
+    outs, grads = run(stacked, inputs)
+    want, want_grads = run(two_calls, inputs)
+    torch.testing.assert_close(outs, want, rtol=0, atol=0)
+    torch.testing.assert_close(grads, want_grads, rtol=0, atol=0)
 
 
 def test_only_the_policy_gets_a_gradient():

@@ -5,6 +5,7 @@ import platform
 
 import torch
 
+from fastgfn.ops.head_csrc import csrc_runs
 from fastgfn.ops.linear import HAS_ONEDNN
 
 _PACKAGES = ("fastgfn", "torch", "triton", "transformers", "peft", "safetensors", "numpy")
@@ -41,15 +42,14 @@ def backend_info() -> dict:
     cuda = torch.cuda.is_available()
     absent = "" if cuda else " (no CUDA device here)"
     gemm = "oneDNN for float32, else torch" if HAS_ONEDNN else "torch (built without oneDNN)"
-    avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    tiles = f"{gemm}, vocabulary tiles"
+    tiles = f"{gemm}, vocabulary tiles" + ("; csrc C++ for bfloat16" if csrc_runs() else "")
     head = {"cuda": f"torch products and a triton row pass; fused triton without gradient{absent}"}
     ops = {
         "frozen_linear": {"cpu": gemm, "cuda": f"torch{absent}"},
         "lora_linear": {"cpu": gemm, "cuda": f"torch{absent}"},
         "silu_mul": {"cpu": "torch", "cuda": f"torch{absent}"},
-        "linear_log_probs": head | {"cpu": tiles + ("; csrc C++ for bfloat16" if avx512 else "")},
-        "policy_reward_log_probs": head | {"cpu": f"{tiles} over both streams"},
+        "linear_log_probs": head | {"cpu": tiles},
+        "policy_reward_log_probs": head | {"cpu": f"{tiles}; both streams"},
         "log_probs_from_logits": {"cpu": "torch", "cuda": f"triton{absent}"},
         "sample_next": {"cpu": "csrc C++", "cuda": f"triton{absent}"},
         "sample_next_from_hidden": {"cpu": f"{gemm}, then csrc C++", "cuda": f"triton{absent}"},

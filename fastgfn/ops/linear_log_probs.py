@@ -5,8 +5,7 @@ torch, is "tiles", the only one on the CPU.
 The vocabulary is cut into tiles and is the outer loop: the weight is read once per pass, a tile of logits
 stays in cache, and the weight gradient of a tile is written once. The columns to read are a sorted list of
 distinct (column, row) entries, so those of a tile are one range and every gradient sum has a fixed order.
-On a CPU with AVX-512 the bfloat16 forward is one C++ pass (csrc/head.cpp): torch can multiply bfloat16 only
-into bfloat16, whose rounding log-probs would show. Elsewhere it is torch in float32, tile by tile.
+On CPU the bfloat16 forward is one C++ pass where that runs (`ops/head_csrc.py`); elsewhere, torch in float32.
 """
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import fastgfn._C  # noqa: F401
 from fastgfn.ops import head
+from fastgfn.ops.head_csrc import rest_by_csrc, uses_csrc
 from fastgfn.ops.linear import product
 
 # Logits of one tile are (R, VOCAB_TILE); wider tiles leave the cache and were slower at every R.
@@ -132,45 +132,63 @@ def _linear_log_probs(
 
     o is (R, D), or (num_policy, D).
     """
-    num_rows, width = hidden.shape
-    graded = num_rows if num_policy is None else num_policy
+    scales = (logit_scale, softcap, temperature)
+    graded = hidden.shape[0] if num_policy is None else num_policy
     if provider != "tiles":
-        scales = (logit_scale, softcap, temperature)
         return head.forward(
             provider, hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded
         )
-    if graded == num_rows and uses_csrc(hidden, weight):
-        return _by_csrc(
-            hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, temperature, save_row_grad
-        )
-    x = _scaled_hidden(hidden, logit_scale, softcap, temperature)
+    rest = rest_by_csrc if uses_csrc(hidden, weight) else _rest_by_tiles
+    return _with_entries(
+        rows, *rest(hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded)
+    )
+
+
+def _rest_by_tiles(
+    hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Entries' logits and softcap' (E,); of all other columns, the maximum m (R,), the sum of exp(z - m) (R,)
+    and, per graded row, the sum of exp(z - m) softcap' W (graded, D) or (0,)."""
+    x = _scaled_hidden(hidden, *scales)
     # Finite, so that a tile of -inf logits adds exp(-inf - peak) = 0 instead of exp(nan).
-    peak = x.new_full((num_rows, 1), torch.finfo(x.dtype).min)
-    total = x.new_zeros(num_rows, 1)
-    row_grad = x.new_zeros((graded, width) if save_row_grad else (0,))
+    peak = x.new_full((x.shape[0], 1), torch.finfo(x.dtype).min)
+    total = x.new_zeros((x.shape[0], 1), dtype=torch.float64)
+    row_grad = x.new_zeros((graded, x.shape[1]) if save_row_grad else (0,))
     logits, slope = x.new_empty(rows.shape), x.new_ones(rows.shape)
     for span, own in _tiles(columns, weight.shape[0]):
-        w = weight[span]
-        z, s = _tile_logits(x, w, bias, logit_bias, span, logit_scale, softcap, temperature, graded)
+        w = weight[span].to(x.dtype)
+        z, s = _tile_logits(x, w, bias, logit_bias, span, *scales, graded)
         at = (rows[own], columns[own] - span.start)
         logits[own] = z[at]
         if s is not None:
             slope[own] = s[at]
+        z[at] = -torch.inf
         old, peak = peak, torch.maximum(peak, z.amax(1, keepdim=True))
         shrink = (old - peak).exp_()
         z.sub_(peak).exp_()
         total.mul_(shrink).add_(z.sum(1, keepdim=True))
         if save_row_grad:
-            z[at] = 0.0
             if s is not None:
                 z.mul_(s)
-            row_grad.mul_(shrink[:graded]).add_(product(z[:graded].to(w.dtype), w.T))
-    log_total = total.log()
-    log_p = (logits - peak[rows, 0]) - log_total[rows, 0]
-    if save_row_grad:
-        row_grad.div_(total[:graded])
-    lse_parts = torch.cat([peak, log_total], dim=1).T.contiguous()
-    return log_p, lse_parts.sum(0), slope, lse_parts, row_grad
+            row_grad.mul_(shrink[:graded]).add_(product(z[:graded], w.T))
+    return logits, slope, peak[:, 0], total[:, 0], row_grad
+
+
+def _with_entries(
+    rows: Tensor, logits: Tensor, slope: Tensor, rest_peak: Tensor, rest_total: Tensor, row_grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op's outputs. Entries at the maximum are counted apart: 1 - p of one is the sum of the others."""
+    peak = rest_peak.scatter_reduce(0, rows, logits, "amax")
+    shift, z = rest_peak - peak, logits - peak[rows]
+    is_peak = logits == peak[rows]
+    others = rest_total * shift.double().exp()
+    others.index_add_(0, rows, z.double().exp().masked_fill_(is_peak, 0.0))
+    ones = torch.zeros_like(others).index_add_(0, rows, is_peak.double())
+    log_total = torch.where(ones > 0, (others + (ones - 1.0)).log1p(), others.log()).to(peak.dtype)
+    if row_grad.dim() == 2:
+        row_grad.mul_((shift - log_total).exp()[: row_grad.shape[0], None])
+    lse_parts = torch.stack([peak, log_total])
+    return z - log_total[rows], lse_parts.sum(0), slope, lse_parts, row_grad
 
 
 @torch.library.custom_op("fastgfn::linear_log_probs_frozen_backward", mutates_args=())
@@ -244,43 +262,6 @@ def _backward(
     return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
-def uses_csrc(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the C++ pass serves a head: bfloat16 rows of even width on a CPU with AVX-512."""
-    return (
-        hidden.device.type == "cpu"
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and hidden.dtype == weight.dtype == torch.bfloat16
-        and hidden.shape[1] > 0
-        and hidden.shape[1] % 2 == 0
-        and weight.stride(1) == 1
-        and weight.stride(0) % 2 == 0
-        and weight.data_ptr() % 4 == 0
-    )
-
-
-def _by_csrc(
-    hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, temperature, save_row_grad
-):
-    scale = logit_scale / (temperature if softcap is None else softcap)
-    logits, slope, peak, total, row_grad = torch.ops.fastgfn.head_forward(
-        hidden.contiguous(),
-        weight,
-        None if bias is None else bias.float() * scale,
-        None if logit_bias is None else logit_bias.float() / temperature,
-        rows,
-        columns,
-        scale,
-        0.0 if softcap is None else softcap / temperature,
-        save_row_grad,
-    )
-    log_total = total.log().float()
-    log_p = (logits - peak[rows]) - log_total[rows]
-    if save_row_grad:
-        row_grad.div_(total[:, None].float())
-    lse_parts = torch.stack([peak, log_total])
-    return log_p, lse_parts.sum(0), slope, lse_parts, row_grad
-
-
 def _scaled_hidden(hidden: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return hidden.to(dtype) * (logit_scale / (temperature if softcap is None else softcap))
@@ -332,17 +313,6 @@ def _logit_grads(
     others = total[rows] - grad_log_p - grad_lse[rows]
     at_entries = (grad_log_p * -torch.expm1(log_p) - log_p.exp() * others) * slope
     return grad_lse - total, at_entries
-
-
-@torch.library.register_fake("fastgfn::head_forward")
-def _(hidden, weight, bias, logit_bias, rows, columns, scale, softcap, want_grad):
-    def floats(*shape):
-        return hidden.new_empty(shape, dtype=torch.float32)
-
-    entries, num_rows = rows.shape[0], hidden.shape[0]
-    row_grad = floats(*hidden.shape) if want_grad else floats(0)
-    total = hidden.new_empty(num_rows, dtype=torch.float64)
-    return floats(entries), floats(entries), floats(num_rows), total, row_grad
 
 
 @_linear_log_probs.register_fake
