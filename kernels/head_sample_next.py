@@ -93,11 +93,13 @@ def _fused_draw_kernel(
     num_splits = tl.num_programs(1)
     is_draw = draws < num_draws
     row = tl.load(rows_ptr + draws, mask=is_draw, other=-1)
-    is_row = (row >= 0) & (row < num_rows)
+    position = tl.load(position_ptr + draws, mask=is_draw, other=0)
+    # As in sample_next.py; such a draw reads no hidden state and has no tokens.
+    is_row = (row >= 0) & (row < num_rows) & (position >= 0) & (position < 4294967296)
     inverse = 1.0 / tl.load(temperature_ptr + draws, mask=is_draw, other=1.0)
     is_tempered = tl.max((inverse != 1.0).to(tl.int32), axis=0) > 0
     trajectory = tl.load(trajectory_ptr + draws, mask=is_draw, other=0)[:, None]
-    position = tl.load(position_ptr + draws, mask=is_draw, other=0)[:, None]
+    position = position[:, None]
     seed = tl.load(seed_ptr)
     barred = tl.where(tl.load(forbid_ptr + draws, mask=is_draw, other=0), stop, -1)
     depth = tl.arange(0, BLOCK_D)

@@ -91,11 +91,12 @@ def _draw_from_logits_kernel(
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
     row = tl.load(rows_ptr + draw)
-    # A row that does not exist has no tokens.
-    end = tl.where((row >= 0) & (row < num_rows), vocab, 0)
+    position = tl.load(position_ptr + draw)
+    # A row that does not exist, or a position that the noise would alias, has no tokens.
+    is_valid = (row >= 0) & (row < num_rows) & (position >= 0) & (position < 4294967296)
+    end = tl.where(is_valid, vocab, 0)
     inverse = 1.0 / tl.load(temperature_ptr + draw)
     trajectory = tl.load(trajectory_ptr + draw)
-    position = tl.load(position_ptr + draw)
     seed = tl.load(seed_ptr)
     barred = tl.where(tl.load(forbid_ptr + draw), stop, -1)
     logits_row = logits_ptr + row * stride_r
@@ -138,8 +139,8 @@ def _draw_from_logits_kernel(
 
 
 # One program merges the splits of BLOCK_K draws, in a fixed order. Grid (cdiv(K, BLOCK_K),).
-# Writes the tokens and their three log-probs; NO_TOKEN and NaN where no token has a finite logit, the row is
-# out of range or a number is not one.
+# Writes the tokens and their three log-probs; NO_TOKEN and NaN where no token has a finite logit, the row or
+# position is out of range or a number is not one.
 @triton.jit(do_not_specialize=["num_draws", "num_splits"])
 def _draw_combine_kernel(
     partials_ptr,

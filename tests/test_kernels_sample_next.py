@@ -261,25 +261,41 @@ def test_chi_squared(temperature):
 
 
 # What the CPU refuses and a GPU can only mark.
-@pytest.mark.parametrize("kind", ["nan", "inf", "all_masked", "only_stop", "row", "temperature"])
-def test_bad_draws_are_marked(kind):
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        ("nan", math.nan),
+        ("inf", math.inf),
+        ("all_masked", None),
+        ("only_stop", None),
+        ("row", 3),
+        ("row", -1),
+        ("position", 2**32),
+        ("position", -1),
+        ("position", -(2**32)),
+        ("temperature", 0.0),
+    ],
+)
+def test_bad_draws_are_marked(kind, wrong):
     args = arguments(num_draws=3, num_rows=3, vocab=20) | {"rows": torch.arange(3)}
     args["forbid_stop"] = torch.tensor([False, True, False])
     logits = args["logits"]
     if kind in ("nan", "inf"):
-        logits[1, 7] = float(kind)
+        logits[1, 7] = wrong
     elif kind == "all_masked":
         logits[1] = -math.inf
     elif kind == "only_stop":
         logits[1, :STOP] = logits[1, STOP + 1 :] = -math.inf
     elif kind == "row":
-        args["rows"] = torch.tensor([0, 3, 2])
+        args["rows"] = torch.tensor([0, wrong, 2])
+    elif kind == "position":
+        args["position"] = torch.tensor([0, wrong, 2**32 - 1])
     elif kind == "temperature":
-        args["temperature"] = torch.tensor([0.5, 0.0, 2.0])
+        args["temperature"] = torch.tensor([0.5, wrong, 2.0])
     token, *log_probs = gumbel_draw_triton(*args.values())
     assert token[1] == sample_next.NO_TOKEN and all(x[1].isnan() for x in log_probs)
     assert (token[::2] >= 0).all() and not any(x[::2].isnan().any() for x in log_probs)
-    if kind == "row":
+    if kind in ("row", "position"):
         head = head_arguments(args)[0]
         token, *log_probs = head_gumbel_draw_triton(*head.values())
         assert token[1] == sample_next.NO_TOKEN and all(x[1].isnan() for x in log_probs)
