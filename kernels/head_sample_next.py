@@ -103,6 +103,9 @@ def _fused_draw_kernel(
     seed = tl.load(seed_ptr)
     barred = tl.where(tl.load(forbid_ptr + draws, mask=is_draw, other=0), stop, -1)
     depth = tl.arange(0, BLOCK_D)
+    # A step of the width may be as long as the vocabulary, so that products of 32 bits would overflow.
+    stride_h_d = tl.cast(stride_h_d, tl.int64)
+    stride_w_d = tl.cast(stride_w_d, tl.int64)
     h_ptrs = hidden_ptr + (row * stride_h_r)[:, None] + depth[None, :] * stride_h_d
     peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)

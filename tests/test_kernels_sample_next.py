@@ -318,6 +318,21 @@ def test_no_draws_and_strided_hidden():
         assert [x.shape for x in none] == [(0,)] * 4 and none[0].dtype == torch.int64
 
 
+# The last step of the width lies 2^31 elements on; of the 4 GiB only the pages that are read exist.
+@pytest.mark.parametrize(("width", "step"), [(3, 2**30), (129, 2**24)])
+def test_strides_beyond_32_bits(width, step):
+    vocab, num_rows = 20, 5
+    far = torch.empty((width - 1) * step + vocab + num_rows, dtype=torch.bfloat16)
+    weight = far.as_strided((vocab, width), (1, step))
+    hidden = far.as_strided((num_rows, width), (1, step), vocab)
+    head = head_arguments(arguments(num_draws=4, vocab=vocab), width, torch.bfloat16)[0]
+    want = head_gumbel_draw_triton(*head.values())
+    weight.copy_(head["weight"])
+    hidden.copy_(head["hidden"])
+    drawn = head_gumbel_draw_triton(*(head | {"hidden": hidden, "weight": weight}).values())
+    assert all(torch.equal(a, b) for a, b in zip(drawn, want, strict=True))
+
+
 def test_the_cuda_key_is_taken():
     for op in ("gumbel_draw", "head_gumbel_draw"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastgfn::{op}", "CUDA")
