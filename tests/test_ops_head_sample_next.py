@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fastgfn.functional import sample_next, sample_next_from_hidden
+from fastgfn import checks
+from fastgfn.functional import sample_next, sample_next_from_hidden, sampling, values
 from fastgfn.ops import sample_next as ops
 from fastgfn.reference import sample_next as ref
 from fastgfn.testing import assert_close_to_truth
@@ -244,3 +245,55 @@ def test_filters_that_keep_all_change_nothing():
 def test_filters_refuse_bad_values(options, message):
     with pytest.raises(ValueError, match=f"sample_next: {message}"):
         sample_next(torch.ones(1, 3), seed=0, **options)
+
+
+FILTERS = [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}]
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rows": as_int64([0, -1])}, checks.InputError, r"rows must be in \[0, 3\), got \[-1\]"),
+        ({"rows": as_int64([99, 0])}, checks.InputError, r"rows must be in \[0, 3\), got \[99\]"),
+        (
+            {"rows": torch.tensor([True, False, True])},
+            checks.InputTypeError,
+            "rows must be int64, got torch.bool",
+        ),
+        ({"position": as_int64([0, 2**32, 0])}, checks.InputError, r"position must be in \[0, 4294967296\)"),
+        ({"trajectory": torch.zeros(3).int()}, checks.InputTypeError, "trajectory must be int64"),
+    ],
+)
+def test_indices_are_checked_whatever_the_filter(options, change, error, message):
+    with pytest.raises(error, match=f"sample_next: {message}"):
+        sample_next(torch.randn(3, 5), seed=0, **options, **change)
+    if not options:
+        with pytest.raises(error, match=f"sample_next_from_hidden: {message}"):
+            sample_next_from_hidden(torch.randn(3, 4), torch.randn(5, 4), seed=0, **change)
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """The draws of a GPU, which reads no value, in the interpreter."""
+    monkeypatch.setattr(values, "are_read", lambda tensor: False)
+    monkeypatch.setattr(sampling, "gumbel_draw", ops.gumbel_draw_triton)
+    monkeypatch.setattr(sampling, "head_gumbel_draw", ops.head_gumbel_draw_triton)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_bad_draws_are_marked_where_values_are_not_read(unread, monkeypatch, options):
+    logits, rows, position = torch.randn(3, 5), as_int64([0, -1, 3, 1, 2]), as_int64([0, 0, 0, 2**32, 0])
+    common = dict(rows=rows, position=position, seed=0, termination_token_id=STOP)
+    common |= {"force_termination": torch.tensor([True, True, False, False, False])}
+    draws = [sample_next(logits, **common, **options)]
+    if not options:
+        draws.append(sample_next_from_hidden(torch.randn(3, 4), torch.randn(5, 4), **common))
+    for draw in draws:
+        assert draw.token[0] == STOP and draw.token[1:4].tolist() == [-1] * 3 and draw.token[4] >= 0
+        for log_prob in (draw.log_pf, draw.log_pterm, draw.log_behavior):
+            assert log_prob.isnan().tolist() == [False, True, True, True, False]
+    monkeypatch.setenv("FASTGFN_DEBUG", "1")
+    with pytest.raises(checks.InputError, match="sample_next: logits must be .* got none at draw"):
+        sample_next(torch.full((1, 5), math.nan), seed=0)

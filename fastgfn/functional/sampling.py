@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgfn import checks
+from fastgfn.functional import values
 from fastgfn.ops.sample_next import gumbel_draw, head_gumbel_draw
 
 
@@ -62,8 +63,9 @@ def sample_next(
 
     Raises:
         InputError: a shape, device, temperature, filter or id, forbid or force without termination_token_id.
-        ValueError: a row or position out of range, logits with nan or inf, no token left to draw; on CUDA
-            such a draw is token -1 with NaN log-probs. InputTypeError: a dtype, float64 on CUDA.
+        ValueError: a row or position out of range, logits with nan or inf, no token left to draw. On CUDA
+            such a draw is token -1 with NaN log-probs, forced or not, and raises only with FASTGFN_DEBUG=1,
+            which waits for the GPU. InputTypeError: a dtype, float64 on CUDA.
 
     Numerics: the same bits whatever the batch, row order or threads. On CPU exp in the dtype of the logits,
         sums and logs in float64; extra memory V float32 values per distinct (row, temperature). On CUDA
@@ -81,7 +83,7 @@ def sample_next(
         draw = _checked(gumbel_draw, biased, rows, *draws, seed, stop, forbid)
     else:
         draw = _draw_filtered(biased, rows, *draws, seed, stop, forbid, top_k, top_p, min_p)
-    return _forced(draw, force_termination, stop)
+    return _forced(name, draw, force_termination, stop)
 
 
 @torch.no_grad()
@@ -141,7 +143,7 @@ def sample_next_from_hidden(
         head_gumbel_draw, hidden, weight, bias, logit_bias, logit_scale, cap, rows, *draws, seed.reshape(-1),
         stop, forbid,
     )  # fmt: skip
-    return _forced(draw, force_termination, stop)
+    return _forced(name, draw, force_termination, stop)
 
 
 def _checked(op, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,30 +153,39 @@ def _checked(op, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raise checks.InputError(str(error)) from None
 
 
-def _forced(draw: tuple[Tensor, ...], force: Tensor | None, stop: int) -> Draw:
+def _forced(name: str, draw: tuple[Tensor, ...], force: Tensor | None, stop: int) -> Draw:
+    token, *log_probs = draw
+    if values.is_debug():
+        bad = (token < 0).nonzero()[:1, 0].tolist()
+        want, fix = "free of nan and inf, with a token left to draw", "correct the row of that draw"
+        checks.check(not bad, name, "logits", want, f"none at draw {bad}", fix)
     if force is None:
         return Draw(*draw)
-    token, *log_probs = draw
+    # A draw that CUDA marked stays marked.
+    force = force & (token >= 0)
     return Draw(token.masked_fill(force, stop), *(x.masked_fill(force, 0.0) for x in log_probs))
 
 
 def _draw_filtered(
     logits, rows, temperature, trajectory, position, seed, stop, forbid, top_k, top_p, min_p
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, bad_rows = values.clamped(rows, logits.shape[0])
     z = logits[rows]
     if stop >= 0:
         z[:, stop] = z[:, stop].masked_fill(forbid, -torch.inf)
     kept = _kept(z / temperature[:, None].to(z.dtype), top_k, top_p, min_p)
     own_row = torch.arange(len(rows), device=rows.device)
+    if bad_rows is not None:
+        own_row = own_row.masked_fill(bad_rows, -1)
     token, _, _, log_behavior = _checked(
         gumbel_draw, z.masked_fill(~kept, -torch.inf), own_row, temperature, trajectory, position, seed, stop,
         forbid,
     )  # fmt: skip
     log_q = z.log_softmax(1)
-    # CUDA marks a draw without a token by -1
-    log_pf = log_q.gather(1, token.clamp(min=0)[:, None])[:, 0].masked_fill(token < 0, torch.nan)
+    log_pf = log_q.gather(1, token.clamp(min=0)[:, None])[:, 0]
     log_pterm = log_q[:, stop] if stop >= 0 else torch.full_like(log_pf, -torch.inf)
-    return token, log_pf, log_pterm, log_behavior
+    # CUDA marks a draw without a token by -1
+    return token, *(values.marked(x, token < 0) for x in (log_pf, log_pterm, log_behavior))
 
 
 def _kept(z: Tensor, top_k: int | None, top_p: float | None, min_p: float | None) -> Tensor:
@@ -215,9 +226,14 @@ def _per_draw(
         checks.check_shape(name, "logit_bias", logit_bias, (vocab,), "give one value per token")
     _check_stop(name, num_draws, vocab, stop_id, forbid, force)
     temperature = _temperature(name, temperature, num_draws, device)
-    for arg, value in (("trajectory", trajectory), ("position", position)):
+    for arg, value in (("rows", rows), ("trajectory", trajectory), ("position", position)):
         if value is not None:
             checks.check_shape(name, arg, value, (num_draws,), "give one value per draw")
+            if value.dtype != torch.int64:
+                checks.fail(name, arg, "int64", value.dtype, "cast it", kind=checks.InputTypeError)
+    for arg, value, high in (("rows", rows, source.shape[0]), ("position", position, 2**32)):
+        if value is not None:
+            values.check_range(name, arg, value, high)
     given = {"temperature": temperature, "trajectory": trajectory, "position": position, "rows": rows}
     given |= {"forbid_termination": forbid, "force_termination": force, "logit_bias": logit_bias}
     checks.check_same_device(name, **{"the logits or hidden": source}, **given)
@@ -233,18 +249,18 @@ def _per_draw(
 
 
 def _temperature(name: str, temperature: float | Tensor, num_draws: int, device: torch.device) -> Tensor:
-    """(K,) float32; the values of a tensor on a GPU are not read."""
+    """(K,) float32."""
     if not isinstance(temperature, Tensor):
-        values = torch.tensor([temperature], dtype=torch.float32)
+        read = torch.tensor([temperature], dtype=torch.float32)
         temperature = torch.full((num_draws,), temperature, dtype=torch.float32, device=device)
     else:
         temperature = temperature.to(torch.float32)
         if temperature.dim() == 0:
             temperature = temperature.expand(num_draws)
         checks.check_shape(name, "temperature", temperature, (num_draws,), "give one value per draw")
-        values = temperature if temperature.device.type == "cpu" else None
-    if values is not None:
-        bad = values[~((values > 0) & values.isfinite())][:1].tolist()
+        read = temperature if values.are_read(temperature) else None
+    if read is not None:
+        bad = read[~((read > 0) & read.isfinite())][:1].tolist()
         want, fix = "finite and > 0", "use argmax for greedy decoding"
         checks.check(not bad, name, "temperature", want, bad, fix)
     return temperature
