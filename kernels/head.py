@@ -244,28 +244,29 @@ def entry_logits(
     slope = torch.empty_like(logits)
     block_e, block_d = ENTRY_TILE
     if num_entries:
-        _entry_logits_fwd_kernel[(triton.cdiv(num_entries, block_e),)](
-            hidden,
-            weight,
-            weight if bias is None else bias,
-            logits if masks is None else masks,
-            rows,
-            columns,
-            logits,
-            slope,
-            num_entries,
-            hidden.shape[0],
-            num_policy,
-            vocab,
-            *hidden.stride(),
-            *weight.stride(),
-            *_scales(*scales),
-            **_flags(bias, masks, scales[1]),
-            WIDTH=width,
-            BLOCK_E=block_e,
-            BLOCK_D=block_d,
-            num_warps=4,
-        )
+        with torch.cuda.device_of(hidden):
+            _entry_logits_fwd_kernel[(triton.cdiv(num_entries, block_e),)](
+                hidden,
+                weight,
+                weight if bias is None else bias,
+                logits if masks is None else masks,
+                rows,
+                columns,
+                logits,
+                slope,
+                num_entries,
+                hidden.shape[0],
+                num_policy,
+                vocab,
+                *hidden.stride(),
+                *weight.stride(),
+                *_scales(*scales),
+                **_flags(bias, masks, scales[1]),
+                WIDTH=width,
+                BLOCK_E=block_e,
+                BLOCK_D=block_d,
+                num_warps=4,
+            )
     return logits, slope
 
 
@@ -287,28 +288,29 @@ def row_pass(
     block, num_warps = ROW_TILE
     block = min(block, max(16, triton.next_power_of_2(vocab)))
     starts, columns, entry_z = entries
-    _row_pass_fwd_kernel[(logits.shape[0],)](
-        logits,
-        p,
-        logits if bias is None else bias,
-        lse_parts if masks is None else masks,
-        starts,
-        columns,
-        entry_z,
-        lse_parts,
-        first_row,
-        lse_parts.shape[1],
-        num_policy,
-        num_grad_rows,
-        vocab,
-        logits.shape[1],
-        logits.stride(0),
-        p.stride(0),
-        *_scales(*scales),
-        p_scale,
-        **_flags(bias, masks, scales[1]),
-        NUM_TILES=triton.cdiv(vocab, block),
-        BLOCK=block,
-        BLOCK_E=16,
-        num_warps=num_warps,
-    )
+    with torch.cuda.device_of(logits):
+        _row_pass_fwd_kernel[(logits.shape[0],)](
+            logits,
+            p,
+            logits if bias is None else bias,
+            lse_parts if masks is None else masks,
+            starts,
+            columns,
+            entry_z,
+            lse_parts,
+            first_row,
+            lse_parts.shape[1],
+            num_policy,
+            num_grad_rows,
+            vocab,
+            logits.shape[1],
+            logits.stride(0),
+            p.stride(0),
+            *_scales(*scales),
+            p_scale,
+            **_flags(bias, masks, scales[1]),
+            NUM_TILES=triton.cdiv(vocab, block),
+            BLOCK=block,
+            BLOCK_E=16,
+            num_warps=num_warps,
+        )

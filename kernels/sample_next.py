@@ -215,25 +215,26 @@ def draw_from_logits(
     splits = triton.cdiv(vocab, block * LOGITS_TILES)
     partials, tokens = draw_partials(rows, num_draws, splits)
     if num_draws:
-        _draw_from_logits_kernel[(num_draws, splits)](
-            logits,
-            rows,
-            temperature,
-            trajectory,
-            position,
-            seed,
-            forbid_stop,
-            partials,
-            tokens,
-            num_rows,
-            num_draws,
-            logits.stride(0),
-            vocab,
-            stop,
-            TILES=LOGITS_TILES,
-            BLOCK=block,
-            num_warps=8,
-        )
+        with torch.cuda.device_of(logits):
+            _draw_from_logits_kernel[(num_draws, splits)](
+                logits,
+                rows,
+                temperature,
+                trajectory,
+                position,
+                seed,
+                forbid_stop,
+                partials,
+                tokens,
+                num_rows,
+                num_draws,
+                logits.stride(0),
+                vocab,
+                stop,
+                TILES=LOGITS_TILES,
+                BLOCK=block,
+                num_warps=8,
+            )
     return combine_draws(partials, tokens, temperature)
 
 
@@ -251,17 +252,18 @@ def combine_draws(
     block_s = triton.next_power_of_2(splits)
     block_k = max(1, COMBINE_BLOCK // block_s)
     if num_draws:
-        _draw_combine_kernel[(triton.cdiv(num_draws, block_k),)](
-            partials,
-            tokens,
-            temperature,
-            token,
-            *log_probs,
-            num_draws,
-            splits,
-            NONE=NO_TOKEN,
-            BLOCK_K=block_k,
-            BLOCK_S=block_s,
-            num_warps=4,
-        )
+        with torch.cuda.device_of(partials):
+            _draw_combine_kernel[(triton.cdiv(num_draws, block_k),)](
+                partials,
+                tokens,
+                temperature,
+                token,
+                *log_probs,
+                num_draws,
+                splits,
+                NONE=NO_TOKEN,
+                BLOCK_K=block_k,
+                BLOCK_S=block_s,
+                num_warps=4,
+            )
     return token, *log_probs
