@@ -141,6 +141,15 @@ def test_draws_from_logits_equal_the_truth(monkeypatch, vocab, block, stop):
     assert torch.equal(drawn[0], gumbel_draw(*args.values())[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_logits_are_read_as_float32(dtype):
+    args = arguments(vocab=37)
+    args["logits"] = args["logits"].to(dtype)
+    drawn = gumbel_draw_triton(*args.values())
+    want = gumbel_draw_triton(*(args | {"logits": args["logits"].float()}).values())
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(drawn, want, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["peaked", "offset", "masked", "one_left", "stop_certain", "flat", "cold"])
 def test_hard_rows(kind):
     args = arguments(num_draws=16, vocab=101)
@@ -344,7 +353,7 @@ def test_the_cuda_key_is_taken():
         (
             {"logits": torch.ones(5, 37).double()},
             TypeError,
-            "logits must be float32 on CUDA, got torch.float64",
+            "logits must be float32, bfloat16 or float16 on CUDA, got torch.float64",
         ),
         ({"logits": torch.ones(5, 74)[:, ::2]}, ValueError, "contiguous rows"),
         ({"rows": torch.zeros(16)}, TypeError, "rows must be torch.int64"),

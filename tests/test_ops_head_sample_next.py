@@ -166,6 +166,36 @@ def test_public_function_refuses_bad_input(change, message):
         sample_next_from_hidden(args["hidden"], args["weight"], **public(args, **change))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"weight": torch.nn.Linear(24, 37)},
+            NotImplementedError,
+            r"weight must be a plain .* got Linear; .*",
+        ),
+        (
+            {"weight": torch.ones(37, 24).to(torch.int8)},
+            NotImplementedError,
+            "weight must be a plain .*, got Tensor torch.int8; .* pass them to sample_next",
+        ),
+        ({"weight": torch.ones(37, 24).half()}, checks.InputTypeError, "weight must be torch.float32 like"),
+        ({"hidden": torch.ones(5, 24).long()}, checks.InputTypeError, "hidden must be float16, bfloat16,"),
+        ({"bias": torch.ones(36)}, checks.InputError, r"bias must be \(37,\)"),
+        ({"bias": torch.ones(37).double()}, checks.InputTypeError, "bias must be torch.float32 like hidden"),
+        ({"seed": 1.5}, checks.InputTypeError, "seed must be an int, got float"),
+        ({"seed": True}, checks.InputTypeError, "seed must be an int, got bool"),
+        ({"seed": -(2**63) - 1}, checks.InputError, r"seed must be in \[-2\^63, 2\^63\)"),
+        ({"seed": torch.tensor([1.0])}, checks.InputTypeError, "seed must be an int or an int64 tensor, got"),
+        ({"seed": torch.tensor([1, 2])}, checks.InputError, r"seed must be \(\) or \(1,\), got \(2,\)"),
+    ],
+)
+def test_public_function_refuses_other_heads_and_seeds(change, error, message):
+    good = {"hidden": torch.ones(5, 24), "weight": torch.ones(37, 24), "seed": 0}
+    with pytest.raises(error, match=f"sample_next_from_hidden: {message}"):
+        sample_next_from_hidden(**(good | change))
+
+
 def kept_tokens(p, top_k=None, top_p=None, min_p=None):
     """The tokens that the filters leave, by a loop over the sorted probabilities."""
     order = sorted(range(len(p)), key=lambda v: (-p[v], v))[:top_k]

@@ -73,8 +73,7 @@ def linear_log_probs(
     targets, bad_targets = values.clamped(targets, weight.shape[0], ignore_index)
     rows, bad_rows = values.clamped(rows, hidden.shape[0])
     log_pf, log_pterm, lse = linear_ops.linear_log_probs(hidden, weight, targets, rows, bias=bias, **options)
-    log_pf = values.marked(log_pf, bad_targets, bad_rows)
-    return LogProbs(log_pf=log_pf, log_pterm=log_pterm, lse=lse if return_lse else None)
+    return LogProbs(values.marked(log_pf, bad_targets, bad_rows), log_pterm, lse if return_lse else None)
 
 
 def policy_reward_log_probs(
@@ -103,8 +102,7 @@ def policy_reward_log_probs(
     Args:
         targets: one tensor: both streams read these tokens; a pair: the policy's and the reward's.
         rows: the row of each target in its stream, in [0, R1) and [0, R2); one tensor serves both streams.
-        policy_logit_bias, reward_logit_bias: the vocabulary mask of each stream, or None.
-        Others: as in `linear_log_probs`.
+        policy_logit_bias, reward_logit_bias: the mask of each stream. Others: as in `linear_log_probs`.
 
     Returns:
         LogProbs of the policy, log_pf (M1,), log_pterm and lse (R1,), differentiable in policy_hidden, weight
@@ -133,11 +131,10 @@ def policy_reward_log_probs(
     streams = linear_ops.policy_reward_log_probs(
         policy_hidden, reward_hidden, weight, targets, rows, bias=bias, **biases, **options
     )
-    policy, reward = (
+    return tuple(
         LogProbs(values.marked(pf, *bad), pterm, lse if return_lse else None)
         for (pf, pterm, lse), *bad in zip(streams, bad_targets, bad_rows, strict=True)
     )
-    return policy, reward
 
 
 def _clamped_pair(pair, highs, ignore=None):
@@ -235,19 +232,11 @@ def _check_linear(
     arg: str = "hidden",
 ) -> Tensor:
     """Check the tensors and return the row of every target."""
-    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in DTYPES:
-        checks.fail(
-            name,
-            "weight",
-            "a plain floating-point (V, D) tensor (not a quantised or adapter-wrapped head)",
-            f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip(),
-            "compute the logits with the model's own head and pass them to log_probs_from_logits",
-            kind=NotImplementedError,
-        )
+    check_head(name, weight, "log_probs_from_logits")
     num_rows, width = _check_matrix(name, arg, hidden)
     fix = f"{arg} is {tuple(hidden.shape)}: pass the head of the same model"
     checks.check_shape(name, "weight", weight, ("V", width), fix)
-    _check_dtype(name, "weight", weight, hidden.dtype, arg)
+    check_dtype(name, "weight", weight, hidden.dtype, arg)
     if rows is None:
         fix = f"pass one target per row of {arg}, or `rows` for any other layout"
         checks.check_shape(name, "targets", targets, (num_rows,), fix)
@@ -258,10 +247,22 @@ def _check_linear(
     values.check_range(name, "rows", rows, num_rows)
     if bias is not None:
         checks.check_shape(name, "bias", bias, (weight.shape[0],), "pass the bias of the same head")
-        _check_dtype(name, "bias", bias, hidden.dtype, arg)
+        check_dtype(name, "bias", bias, hidden.dtype, arg)
     others = {"weight": weight, "targets": targets, "rows": rows, "bias": bias}
     checks.check_same_device(name, **{arg: hidden}, **others)
     return rows
+
+
+def check_head(name: str, weight: Tensor, instead: str) -> None:
+    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in DTYPES:
+        checks.fail(
+            name,
+            "weight",
+            "a plain floating-point (V, D) tensor (not a quantised or adapter-wrapped head)",
+            f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip(),
+            f"compute the logits with the model's own head and pass them to {instead}",
+            kind=NotImplementedError,
+        )
 
 
 def _check_matrix(name: str, arg: str, tensor: Tensor) -> tuple[int, int]:
@@ -272,7 +273,7 @@ def _check_matrix(name: str, arg: str, tensor: Tensor) -> tuple[int, int]:
     return tensor.shape
 
 
-def _check_dtype(name: str, arg: str, tensor: Tensor, want: torch.dtype, like: str) -> None:
+def check_dtype(name: str, arg: str, tensor: Tensor, want: torch.dtype, like: str) -> None:
     if tensor.dtype != want:
         fix = "cast one of the two"
         checks.fail(name, arg, f"{want} like {like}", tensor.dtype, fix, kind=checks.InputTypeError)

@@ -1,6 +1,7 @@
 """`sample_next` and `sample_next_from_hidden`: the next token, with the log-probs that a GFlowNet needs."""
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +9,15 @@ from torch import Tensor
 
 from fastgfn import checks
 from fastgfn.functional import values
+from fastgfn.functional.log_probs import DTYPES, check_dtype, check_head
 from fastgfn.ops.sample_next import gumbel_draw, head_gumbel_draw
+
+UNFILTERED = (None, None, None)  # top_k, top_p, min_p
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """K drawn tokens, each field (K,): token int64; the log-probs (nats) have the dtype of the logits, or are
-    float32 from hidden states."""
+    """K drawn tokens, each field (K,): token int64; log-probs (nats) float32, or float64 for such logits."""
 
     token: Tensor
     log_pf: Tensor
@@ -24,7 +27,7 @@ class Draw:
 
 @torch.no_grad()
 def sample_next(
-    logits: Tensor,  # (R, V) float32 | float64
+    logits: Tensor,  # (R, V) float16 | bfloat16 | float32 | float64; a copy unless rows are contiguous
     *,
     temperature: float | Tensor = 1.0,  # scalar or (K,)
     top_k: int | None = None,
@@ -53,7 +56,7 @@ def sample_next(
         termination_token_id: the token that stops; None: no token does, and log_pterm is -inf.
         forbid_termination: draws that cannot stop; the other tokens are renormalised, log_pterm is -inf.
         force_termination: draws that must stop (wins over forbid_termination); all three log-probs are 0.
-        seed: key of the noise, an int64; fixed in a CUDA graph.
+        seed: key of the noise, a 64-bit integer; fixed in a CUDA graph.
         trajectory, position: the trajectory that the draw extends, default 0..K-1, and its step, default 0.
         rows: the row of logits that each draw reads, default 0..R-1 (then K == R).
 
@@ -62,10 +65,10 @@ def sample_next(
         log_behavior = log-prob of the token under the distribution that drew it. Not differentiable.
 
     Raises:
-        InputError: a shape, device, temperature, filter or id, forbid or force without termination_token_id.
-        ValueError: a row or position out of range, logits with nan or inf, no token left to draw. On CUDA
-            such a draw is token -1 with NaN log-probs, forced or not, and raises only with FASTGFN_DEBUG=1,
-            which waits for the GPU. InputTypeError: a dtype, float64 on CUDA.
+        InputError: a shape, device, filter, id or seed, forbid or force without termination_token_id; a row,
+            position or temperature out of range, logits with nan or inf, no token left. On CUDA these draws
+            are token -1 with NaN log-probs, forced or not, and raise only with FASTGFN_DEBUG=1, which waits
+            for the GPU. InputTypeError: a dtype, float64 on CUDA.
 
     Numerics: the same bits whatever the batch, row order or threads. On CPU exp in the dtype of the logits,
         sums and logs in float64; extra memory V float32 values per distinct (row, temperature). On CUDA
@@ -78,11 +81,9 @@ def sample_next(
         name, logits, logits.shape[1], rows, temperature, trajectory, position, termination_token_id,
         forbid_termination, force_termination, logit_bias,
     )  # fmt: skip
-    biased = logits if logit_bias is None else logits + logit_bias.to(logits.dtype)
-    if top_k is None and top_p is None and min_p is None:
-        draw = _checked(gumbel_draw, biased, rows, *draws, seed, stop, forbid)
-    else:
-        draw = _draw_filtered(biased, rows, *draws, seed, stop, forbid, top_k, top_p, min_p)
+    filters = (top_k, top_p, min_p)
+    biased = _biased(logits, logit_bias, filters)
+    draw = _draw(biased, rows, *draws, _int_seed(name, seed), stop, forbid, filters)
     return _forced(name, draw, force_termination, stop)
 
 
@@ -120,7 +121,7 @@ def sample_next_from_hidden(
         A Draw with float32 log-probs. Not differentiable.
 
     Raises:
-        As `sample_next`; float64 is for CPU only.
+        As `sample_next`; float64 is for CPU only. NotImplementedError: the weight is quantised or wrapped.
 
     Numerics: on CPU the logits are rounded to the dtype of `hidden`, at most 64 MiB of them (or one row) at a
         time, and the bits are those of `sample_next`. On CUDA they are float32 sums (float32 input: as three
@@ -128,8 +129,7 @@ def sample_next_from_hidden(
         synchronisation, the same bits on repeat; another number of draws may round the logits otherwise.
     """
     name = "sample_next_from_hidden"
-    checks.check_shape(name, "hidden", hidden, ("R", "D"), "flatten the leading dimensions")
-    checks.check_shape(name, "weight", weight, ("V", hidden.shape[1]), "pass the head of the same model")
+    _check_linear(name, hidden, weight, bias)
     checks.check(math.isfinite(logit_scale), name, "logit_scale", "finite", logit_scale, "pass the model's")
     cap = final_logit_softcap
     checks.check(cap is None or cap > 0, name, "final_logit_softcap", "> 0 or None", cap, "pass the model's")
@@ -137,11 +137,9 @@ def sample_next_from_hidden(
         name, hidden, weight.shape[0], rows, temperature, trajectory, position, termination_token_id,
         forbid_termination, force_termination, logit_bias,
     )  # fmt: skip
-    if not isinstance(seed, Tensor):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=hidden.device)
     draw = _checked(
-        head_gumbel_draw, hidden, weight, bias, logit_bias, logit_scale, cap, rows, *draws, seed.reshape(-1),
-        stop, forbid,
+        head_gumbel_draw, hidden, weight, bias, logit_bias, logit_scale, cap, rows, *draws,
+        _tensor_seed(name, seed, hidden.device), stop, forbid,
     )  # fmt: skip
     return _forced(name, draw, force_termination, stop)
 
@@ -166,14 +164,16 @@ def _forced(name: str, draw: tuple[Tensor, ...], force: Tensor | None, stop: int
     return Draw(token.masked_fill(force, stop), *(x.masked_fill(force, 0.0) for x in log_probs))
 
 
-def _draw_filtered(
-    logits, rows, temperature, trajectory, position, seed, stop, forbid, top_k, top_p, min_p
+def _draw(
+    logits, rows, temperature, trajectory, position, seed, stop, forbid, filters
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if filters == UNFILTERED:
+        return _checked(gumbel_draw, logits, rows, temperature, trajectory, position, seed, stop, forbid)
     rows, bad_rows = values.clamped(rows, logits.shape[0])
     z = logits[rows]
     if stop >= 0:
         z[:, stop] = z[:, stop].masked_fill(forbid, -torch.inf)
-    kept = _kept(z / temperature[:, None].to(z.dtype), top_k, top_p, min_p)
+    kept = _kept(z / temperature[:, None].to(z.dtype), *filters)
     own_row = torch.arange(len(rows), device=rows.device)
     if bad_rows is not None:
         own_row = own_row.masked_fill(bad_rows, -1)
@@ -205,13 +205,62 @@ def _check_logits(
     name: str, logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None
 ) -> None:
     checks.check_shape(name, "logits", logits, ("R", "V"), "flatten the leading dimensions")
-    if logits.dtype not in (torch.float32, torch.float64):
-        want = "float32 or float64"
-        checks.fail(name, "logits", want, logits.dtype, "call .float()", kind=checks.InputTypeError)
+    _check_known(name, "logits", logits)
     fix = "pass None to leave it out"
     checks.check(top_k is None or top_k >= 1, name, "top_k", ">= 1 or None", top_k, fix)
     checks.check(top_p is None or 0 < top_p <= 1, name, "top_p", "in (0, 1] or None", top_p, fix)
     checks.check(min_p is None or 0 <= min_p <= 1, name, "min_p", "in [0, 1] or None", min_p, fix)
+
+
+def _check_linear(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    checks.check_shape(name, "hidden", hidden, ("R", "D"), "flatten the leading dimensions")
+    _check_known(name, "hidden", hidden)
+    check_head(name, weight, "sample_next")
+    checks.check_shape(name, "weight", weight, ("V", hidden.shape[1]), "pass the head of the same model")
+    check_dtype(name, "weight", weight, hidden.dtype, "hidden")
+    if bias is not None:
+        checks.check_shape(name, "bias", bias, (weight.shape[0],), "pass the bias of the same head")
+        check_dtype(name, "bias", bias, hidden.dtype, "hidden")
+    checks.check_same_device(name, hidden=hidden, weight=weight, bias=bias)
+
+
+def _check_known(name: str, arg: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        want = "float16, bfloat16, float32 or float64"
+        checks.fail(name, arg, want, tensor.dtype, "cast it", kind=checks.InputTypeError)
+
+
+def _int_seed(name: str, seed: int) -> int:
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
+        checks.fail(name, "seed", "an int", type(seed).__name__, "pass one", kind=checks.InputTypeError)
+    checks.check(-(2**63) <= seed < 2**63, name, "seed", "in [-2^63, 2^63)", seed, "pass a smaller one")
+    return int(seed)
+
+
+def _tensor_seed(name: str, seed: int | Tensor, device: torch.device) -> Tensor:
+    if not isinstance(seed, Tensor):
+        return torch.full((1,), _int_seed(name, seed), dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64:
+        fix = "cast it to int64"
+        checks.fail(name, "seed", "an int or an int64 tensor", seed.dtype, fix, kind=checks.InputTypeError)
+    have, fix = tuple(seed.shape), "pass one number for all draws"
+    checks.check(have in ((), (1,)), name, "seed", "() or (1,)", have, fix)
+    checks.check(
+        seed.device == device, name, "seed", f"on {device}", seed.device, "move it there, or pass an int"
+    )
+    return seed.reshape(1)
+
+
+def _biased(logits: Tensor, logit_bias: Tensor | None, filters: tuple) -> Tensor:
+    """logits + logit_bias with contiguous rows, in float32 or float64, or as CUDA can read them."""
+    is_read = filters == UNFILTERED and logit_bias is None and logits.is_cuda
+    if not is_read and logits.element_size() == 2:
+        logits = logits.float()
+    if logit_bias is not None:
+        logits = logits + logit_bias.to(logits.dtype)
+    if logits.stride(1) != 1:
+        logits = logits.clone(memory_format=torch.contiguous_format)
+    return logits
 
 
 def _per_draw(
