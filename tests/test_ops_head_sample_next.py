@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fastgfn.reference import sample_next as ref
 from fastgfn.testing import assert_close_to_truth
 from fastgfn.types import as_int64
 
+DEVICE = "cuda" if shutil.which("nvidia-smi") else "cpu"
 STOP = 2
 NAMES = ("log_pf", "log_pterm", "log_behavior")
 
@@ -314,16 +316,18 @@ def unread(monkeypatch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 def test_bad_draws_are_marked_where_values_are_not_read(unread, monkeypatch, options):
-    logits, rows, position = torch.randn(3, 5), as_int64([0, -1, 3, 1, 2]), as_int64([0, 0, 0, 2**32, 0])
-    common = dict(rows=rows, position=position, seed=0, termination_token_id=STOP)
-    common |= {"force_termination": torch.tensor([True, True, False, False, False])}
-    draws = [sample_next(logits, **common, **options)]
+    rows, position = as_int64([0, -1, 3, 1, 2]), as_int64([0, 0, 0, 2**32, 0])
+    force = torch.tensor([True, True, False, False, False])
+    per_draw = dict(rows=rows, position=position, force_termination=force)
+    common = {n: x.to(DEVICE) for n, x in per_draw.items()} | dict(seed=0, termination_token_id=STOP)
+    draws = [sample_next(torch.randn(3, 5, device=DEVICE), **common, **options)]
     if not options:
-        draws.append(sample_next_from_hidden(torch.randn(3, 4), torch.randn(5, 4), **common))
+        hidden, weight = torch.randn(3, 4, device=DEVICE), torch.randn(5, 4, device=DEVICE)
+        draws.append(sample_next_from_hidden(hidden, weight, **common))
     for draw in draws:
         assert draw.token[0] == STOP and draw.token[1:4].tolist() == [-1] * 3 and draw.token[4] >= 0
         for log_prob in (draw.log_pf, draw.log_pterm, draw.log_behavior):
             assert log_prob.isnan().tolist() == [False, True, True, True, False]
     monkeypatch.setenv("FASTGFN_DEBUG", "1")
     with pytest.raises(checks.InputError, match="sample_next: logits must be .* got none at draw"):
-        sample_next(torch.full((1, 5), math.nan), seed=0)
+        sample_next(torch.full((1, 5), math.nan, device=DEVICE), seed=0)
