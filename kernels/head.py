@@ -29,8 +29,9 @@ def _log1p(x):
 
 
 # One program computes BLOCK_E entries' logits in float32, hidden[row] . weight[column] and then scale, bias,
-# softcap, mask and temperature. Grid (entries / BLOCK_E,). Writes the logits and the softcap's derivative.
-@triton.jit(do_not_specialize=["num_entries", "num_policy"])
+# softcap, mask and temperature. Grid (entries / BLOCK_E,). Writes the logits, NaN where the row or the column
+# is out of range, and the softcap's derivative.
+@triton.jit(do_not_specialize=["num_entries", "num_rows", "num_policy"])
 def _entry_logits_fwd_kernel(
     hidden_ptr,
     weight_ptr,
@@ -41,6 +42,7 @@ def _entry_logits_fwd_kernel(
     logits_ptr,
     slope_ptr,
     num_entries,
+    num_rows,
     num_policy,
     vocab,
     stride_hidden_r,
@@ -62,12 +64,15 @@ def _entry_logits_fwd_kernel(
     is_entry = entries < num_entries
     rows = tl.load(rows_ptr + entries, mask=is_entry, other=0).to(tl.int64)
     columns = tl.load(columns_ptr + entries, mask=is_entry, other=0).to(tl.int64)
+    in_range = (rows >= 0) & (rows < num_rows) & (columns >= 0) & (columns < vocab)
+    rows = tl.where(in_range, rows, 0)
+    columns = tl.where(in_range, columns, 0)
     depth = tl.arange(0, BLOCK_D)
     hidden_ptrs = hidden_ptr + rows[:, None] * stride_hidden_r + depth[None, :] * stride_hidden_d
     weight_ptrs = weight_ptr + columns[:, None] * stride_weight_v + depth[None, :] * stride_weight_d
     sums = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
     for start in range(0, WIDTH, BLOCK_D):
-        in_width = (depth < WIDTH - start)[None, :]
+        in_width = (depth < WIDTH - start)[None, :] & in_range[:, None]
         h = tl.load(hidden_ptrs, mask=in_width, other=0.0).to(tl.float32)
         w = tl.load(weight_ptrs, mask=in_width, other=0.0).to(tl.float32)
         sums += h * w
@@ -83,8 +88,16 @@ def _entry_logits_fwd_kernel(
             mask_offset += tl.where(rows < num_policy, 0, vocab)
         extra = tl.load(mask_ptr + mask_offset)
     z, slope = _transform(x, extra, pre_scale, post_scale, mask_scale, HAS_SOFTCAP, HAS_MASK)
-    tl.store(logits_ptr + entries, z, mask=is_entry)
+    tl.store(logits_ptr + entries, tl.where(in_range, z, float("nan")), mask=is_entry)
     tl.store(slope_ptr + entries, slope, mask=is_entry)
+
+
+@triton.jit
+def _entries(columns_ptr, start, end, vocab, BLOCK_E: tl.constexpr):
+    """The next entries of a row, their columns, and which exist and have a column in range."""
+    e = start + tl.arange(0, BLOCK_E)
+    columns = tl.load(columns_ptr + e, mask=e < end, other=-1).to(tl.int64)
+    return e, columns, (columns >= 0) & (columns < vocab)
 
 
 # One program reads one row of products hidden W^T: it sets the row's entries to -inf in place, takes a
@@ -131,10 +144,9 @@ def _row_pass_fwd_kernel(
     lanes = tl.arange(0, BLOCK)
     start = own
     while start < end:
-        e = start + tl.arange(0, BLOCK_E)
-        column = tl.load(entry_columns_ptr + e, mask=e < end, other=0).to(tl.int64)
+        e, column, is_read = _entries(entry_columns_ptr, start, end, vocab, BLOCK_E)
         dead = tl.full((BLOCK_E,), float("-inf"), tl.float32).to(logits_ptr.dtype.element_ty)
-        tl.store(logits_row + column, dead, mask=e < end)
+        tl.store(logits_row + column, dead, mask=is_read)
         start += BLOCK_E
     tl.debug_barrier()
 
@@ -162,8 +174,8 @@ def _row_pass_fwd_kernel(
     peak = rest_peak
     start = own
     while start < end:
-        e = start + tl.arange(0, BLOCK_E)
-        z = tl.load(entry_logits_ptr + e, mask=e < end, other=float("-inf"))
+        e, column, is_read = _entries(entry_columns_ptr, start, end, vocab, BLOCK_E)
+        z = tl.load(entry_logits_ptr + e, mask=is_read, other=float("-inf"))
         peak = tl.maximum(peak, tl.max(z, axis=0))
         start += BLOCK_E
     # total = ones + others: where an entry holds the maximum, 1 - p of that entry comes from `others` alone.
@@ -171,8 +183,8 @@ def _row_pass_fwd_kernel(
     ones = others * 0.0
     start = own
     while start < end:
-        e = start + tl.arange(0, BLOCK_E)
-        z = tl.load(entry_logits_ptr + e, mask=e < end, other=float("-inf"))
+        e, column, is_read = _entries(entry_columns_ptr, start, end, vocab, BLOCK_E)
+        z = tl.load(entry_logits_ptr + e, mask=is_read, other=float("-inf"))
         ones += tl.sum(tl.where(z == peak, 1.0, 0.0), axis=0)
         others += tl.sum(tl.where(z == peak, 0.0, tl.exp(z - peak)), axis=0)
         start += BLOCK_E
@@ -226,33 +238,35 @@ def entry_logits(
     num_policy: int,
     scales: tuple[float, float | None, float],  # logit scale, softcap, temperature
 ) -> tuple[Tensor, Tensor]:
-    """The logits of the entries and the softcap's derivative there, (E,) float32."""
+    """The logits of the entries, NaN for one out of range, and the softcap's derivative, (E,) float32."""
     num_entries, (vocab, width) = rows.shape[0], weight.shape
     logits = torch.empty(num_entries, dtype=torch.float32, device=hidden.device)
     slope = torch.empty_like(logits)
     block_e, block_d = ENTRY_TILE
     if num_entries:
-        _entry_logits_fwd_kernel[(triton.cdiv(num_entries, block_e),)](
-            hidden,
-            weight,
-            weight if bias is None else bias,
-            logits if masks is None else masks,
-            rows,
-            columns,
-            logits,
-            slope,
-            num_entries,
-            num_policy,
-            vocab,
-            *hidden.stride(),
-            *weight.stride(),
-            *_scales(*scales),
-            **_flags(bias, masks, scales[1]),
-            WIDTH=width,
-            BLOCK_E=block_e,
-            BLOCK_D=block_d,
-            num_warps=4,
-        )
+        with torch.cuda.device_of(hidden):
+            _entry_logits_fwd_kernel[(triton.cdiv(num_entries, block_e),)](
+                hidden,
+                weight,
+                weight if bias is None else bias,
+                logits if masks is None else masks,
+                rows,
+                columns,
+                logits,
+                slope,
+                num_entries,
+                hidden.shape[0],
+                num_policy,
+                vocab,
+                *hidden.stride(),
+                *weight.stride(),
+                *_scales(*scales),
+                **_flags(bias, masks, scales[1]),
+                WIDTH=width,
+                BLOCK_E=block_e,
+                BLOCK_D=block_d,
+                num_warps=4,
+            )
     return logits, slope
 
 
@@ -274,28 +288,29 @@ def row_pass(
     block, num_warps = ROW_TILE
     block = min(block, max(16, triton.next_power_of_2(vocab)))
     starts, columns, entry_z = entries
-    _row_pass_fwd_kernel[(logits.shape[0],)](
-        logits,
-        p,
-        logits if bias is None else bias,
-        lse_parts if masks is None else masks,
-        starts,
-        columns,
-        entry_z,
-        lse_parts,
-        first_row,
-        lse_parts.shape[1],
-        num_policy,
-        num_grad_rows,
-        vocab,
-        logits.shape[1],
-        logits.stride(0),
-        p.stride(0),
-        *_scales(*scales),
-        p_scale,
-        **_flags(bias, masks, scales[1]),
-        NUM_TILES=triton.cdiv(vocab, block),
-        BLOCK=block,
-        BLOCK_E=16,
-        num_warps=num_warps,
-    )
+    with torch.cuda.device_of(logits):
+        _row_pass_fwd_kernel[(logits.shape[0],)](
+            logits,
+            p,
+            logits if bias is None else bias,
+            lse_parts if masks is None else masks,
+            starts,
+            columns,
+            entry_z,
+            lse_parts,
+            first_row,
+            lse_parts.shape[1],
+            num_policy,
+            num_grad_rows,
+            vocab,
+            logits.shape[1],
+            logits.stride(0),
+            p.stride(0),
+            *_scales(*scales),
+            p_scale,
+            **_flags(bias, masks, scales[1]),
+            NUM_TILES=triton.cdiv(vocab, block),
+            BLOCK=block,
+            BLOCK_E=16,
+            num_warps=num_warps,
+        )

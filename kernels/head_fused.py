@@ -161,31 +161,32 @@ def fused_parts(
     splits = num_splits(num_blocks, triton.cdiv(vocab, block_v), num_programs)
     parts = torch.empty(2, splits, num_rows, dtype=torch.float32, device=hidden.device)
     if num_rows:
-        _fused_parts_fwd_kernel[(num_blocks * splits,)](
-            hidden,
-            weight,
-            weight if bias is None else bias,
-            parts if masks is None else masks,
-            parts,
-            num_rows,
-            num_policy,
-            num_blocks,
-            splits,
-            vocab,
-            *hidden.stride(),
-            *weight.stride(),
-            *_scales(*scales),
-            **flags,
-            IS_EVEN=width % block_d == 0,
-            IS_INTERPRETED=IS_INTERPRETED,
-            PRECISION="tf32x3" if hidden.dtype == torch.float32 else "ieee",
-            WIDTH=width,
-            BLOCK_R=block_r,
-            BLOCK_V=block_v,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+        with torch.cuda.device_of(hidden):
+            _fused_parts_fwd_kernel[(num_blocks * splits,)](
+                hidden,
+                weight,
+                weight if bias is None else bias,
+                parts if masks is None else masks,
+                parts,
+                num_rows,
+                num_policy,
+                num_blocks,
+                splits,
+                vocab,
+                *hidden.stride(),
+                *weight.stride(),
+                *_scales(*scales),
+                **flags,
+                IS_EVEN=width % block_d == 0,
+                IS_INTERPRETED=IS_INTERPRETED,
+                PRECISION="tf32x3" if hidden.dtype == torch.float32 else "ieee",
+                WIDTH=width,
+                BLOCK_R=block_r,
+                BLOCK_V=block_v,
+                BLOCK_D=block_d,
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
     peaks, totals = parts
     peak = peaks.amax(0)
     return torch.stack([peak, (totals * (peaks - peak).exp_()).sum(0).log_()])

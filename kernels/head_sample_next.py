@@ -93,14 +93,19 @@ def _fused_draw_kernel(
     num_splits = tl.num_programs(1)
     is_draw = draws < num_draws
     row = tl.load(rows_ptr + draws, mask=is_draw, other=-1)
-    is_row = (row >= 0) & (row < num_rows)
+    position = tl.load(position_ptr + draws, mask=is_draw, other=0)
+    # As in sample_next.py; such a draw reads no hidden state and has no tokens.
+    is_row = (row >= 0) & (row < num_rows) & (position >= 0) & (position < 4294967296)
     inverse = 1.0 / tl.load(temperature_ptr + draws, mask=is_draw, other=1.0)
     is_tempered = tl.max((inverse != 1.0).to(tl.int32), axis=0) > 0
     trajectory = tl.load(trajectory_ptr + draws, mask=is_draw, other=0)[:, None]
-    position = tl.load(position_ptr + draws, mask=is_draw, other=0)[:, None]
+    position = position[:, None]
     seed = tl.load(seed_ptr)
     barred = tl.where(tl.load(forbid_ptr + draws, mask=is_draw, other=0), stop, -1)
     depth = tl.arange(0, BLOCK_D)
+    # A step of the width may be as long as the vocabulary, so that products of 32 bits would overflow.
+    stride_h_d = tl.cast(stride_h_d, tl.int64)
+    stride_w_d = tl.cast(stride_w_d, tl.int64)
     h_ptrs = hidden_ptr + (row * stride_h_r)[:, None] + depth[None, :] * stride_h_d
     peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -173,38 +178,39 @@ def fused_draw(
     tiles, splits = _splits(triton.cdiv(vocab, block_v), hidden.device)
     partials, tokens = draw_partials(rows, num_draws, splits)
     if num_draws:
-        _fused_draw_kernel[(triton.cdiv(num_draws, block_m), splits)](
-            hidden,
-            weight,
-            weight if bias is None else bias,
-            weight if logit_bias is None else logit_bias,
-            rows,
-            temperature,
-            trajectory,
-            position,
-            seed,
-            forbid_stop,
-            partials,
-            tokens,
-            hidden.shape[0],
-            num_draws,
-            vocab,
-            stop,
-            *hidden.stride(),
-            *weight.stride(),
-            logit_scale if softcap is None else logit_scale / softcap,
-            1.0 if softcap is None else softcap,
-            HAS_BIAS=bias is not None,
-            HAS_LOGIT_BIAS=logit_bias is not None,
-            HAS_SOFTCAP=softcap is not None,
-            WIDTH=width,
-            TILES=tiles,
-            BLOCK_M=block_m,
-            BLOCK_V=block_v,
-            BLOCK_D=block_d,
-            num_warps=warps,
-            num_stages=stages,
-        )
+        with torch.cuda.device_of(hidden):
+            _fused_draw_kernel[(triton.cdiv(num_draws, block_m), splits)](
+                hidden,
+                weight,
+                weight if bias is None else bias,
+                weight if logit_bias is None else logit_bias,
+                rows,
+                temperature,
+                trajectory,
+                position,
+                seed,
+                forbid_stop,
+                partials,
+                tokens,
+                hidden.shape[0],
+                num_draws,
+                vocab,
+                stop,
+                *hidden.stride(),
+                *weight.stride(),
+                logit_scale if softcap is None else logit_scale / softcap,
+                1.0 if softcap is None else softcap,
+                HAS_BIAS=bias is not None,
+                HAS_LOGIT_BIAS=logit_bias is not None,
+                HAS_SOFTCAP=softcap is not None,
+                WIDTH=width,
+                TILES=tiles,
+                BLOCK_M=block_m,
+                BLOCK_V=block_v,
+                BLOCK_D=block_d,
+                num_warps=warps,
+                num_stages=stages,
+            )
     return combine_draws(partials, tokens, temperature)
 
 

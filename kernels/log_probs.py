@@ -195,26 +195,27 @@ def log_probs_fwd(
     log_pterm = log_pf.new_empty(0 if stop is None else num_rows)
     block = _block(vocab)
     if num_rows:
-        _log_probs_fwd_kernel[(num_rows,)](
-            logits,
-            targets,
-            logits if logit_bias is None else logit_bias,
-            log_pf,
-            log_pterm if stop is not None else log_pf,
-            lse_parts,
-            num_rows,
-            *logits.stride(),
-            vocab,
-            0 if stop is None else stop,
-            ignore_index,
-            *_scales(logit_scale, softcap, temperature),
-            HAS_STOP=stop is not None,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_BIAS=logit_bias is not None,
-            NUM_TILES=triton.cdiv(vocab, block),
-            BLOCK=block,
-            num_warps=8,
-        )
+        with torch.cuda.device_of(logits):
+            _log_probs_fwd_kernel[(num_rows,)](
+                logits,
+                targets,
+                logits if logit_bias is None else logit_bias,
+                log_pf,
+                log_pterm if stop is not None else log_pf,
+                lse_parts,
+                num_rows,
+                *logits.stride(),
+                vocab,
+                0 if stop is None else stop,
+                ignore_index,
+                *_scales(logit_scale, softcap, temperature),
+                HAS_STOP=stop is not None,
+                HAS_SOFTCAP=softcap is not None,
+                HAS_BIAS=logit_bias is not None,
+                NUM_TILES=triton.cdiv(vocab, block),
+                BLOCK=block,
+                num_warps=8,
+            )
     return log_pf, log_pterm, lse_parts.sum(0), lse_parts
 
 
@@ -237,26 +238,27 @@ def log_probs_bwd(
     grad = torch.empty(num_rows, vocab, dtype=logits.dtype, device=logits.device)
     block = _block(vocab)
     if num_rows:
-        _log_probs_bwd_kernel[(num_rows, triton.cdiv(vocab, block))](
-            logits,
-            targets,
-            logits if logit_bias is None else logit_bias,
-            lse_parts,
-            grad_log_pf,
-            grad_log_pf if stop is None else grad_log_pterm,
-            grad_lse,
-            grad,
-            num_rows,
-            *logits.stride(),
-            vocab,
-            0 if stop is None else stop,
-            ignore_index,
-            *_scales(logit_scale, softcap, temperature),
-            logit_scale / temperature,
-            HAS_STOP=stop is not None,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_BIAS=logit_bias is not None,
-            BLOCK=block,
-            num_warps=8,
-        )
+        with torch.cuda.device_of(logits):
+            _log_probs_bwd_kernel[(num_rows, triton.cdiv(vocab, block))](
+                logits,
+                targets,
+                logits if logit_bias is None else logit_bias,
+                lse_parts,
+                grad_log_pf,
+                grad_log_pf if stop is None else grad_log_pterm,
+                grad_lse,
+                grad,
+                num_rows,
+                *logits.stride(),
+                vocab,
+                0 if stop is None else stop,
+                ignore_index,
+                *_scales(logit_scale, softcap, temperature),
+                logit_scale / temperature,
+                HAS_STOP=stop is not None,
+                HAS_SOFTCAP=softcap is not None,
+                HAS_BIAS=logit_bias is not None,
+                BLOCK=block,
+                num_warps=8,
+            )
     return grad

@@ -91,11 +91,12 @@ def _draw_from_logits_kernel(
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
     row = tl.load(rows_ptr + draw)
-    # A row that does not exist has no tokens.
-    end = tl.where((row >= 0) & (row < num_rows), vocab, 0)
+    position = tl.load(position_ptr + draw)
+    # A row that does not exist, or a position that the noise would alias, has no tokens.
+    is_valid = (row >= 0) & (row < num_rows) & (position >= 0) & (position < 4294967296)
+    end = tl.where(is_valid, vocab, 0)
     inverse = 1.0 / tl.load(temperature_ptr + draw)
     trajectory = tl.load(trajectory_ptr + draw)
-    position = tl.load(position_ptr + draw)
     seed = tl.load(seed_ptr)
     barred = tl.where(tl.load(forbid_ptr + draw), stop, -1)
     logits_row = logits_ptr + row * stride_r
@@ -138,8 +139,8 @@ def _draw_from_logits_kernel(
 
 
 # One program merges the splits of BLOCK_K draws, in a fixed order. Grid (cdiv(K, BLOCK_K),).
-# Writes the tokens and their three log-probs; NO_TOKEN and NaN where no token has a finite logit, the row is
-# out of range or a number is not one.
+# Writes the tokens and their three log-probs; NO_TOKEN and NaN where no token has a finite logit, the row or
+# position is out of range or a number is not one.
 @triton.jit(do_not_specialize=["num_draws", "num_splits"])
 def _draw_combine_kernel(
     partials_ptr,
@@ -214,25 +215,26 @@ def draw_from_logits(
     splits = triton.cdiv(vocab, block * LOGITS_TILES)
     partials, tokens = draw_partials(rows, num_draws, splits)
     if num_draws:
-        _draw_from_logits_kernel[(num_draws, splits)](
-            logits,
-            rows,
-            temperature,
-            trajectory,
-            position,
-            seed,
-            forbid_stop,
-            partials,
-            tokens,
-            num_rows,
-            num_draws,
-            logits.stride(0),
-            vocab,
-            stop,
-            TILES=LOGITS_TILES,
-            BLOCK=block,
-            num_warps=8,
-        )
+        with torch.cuda.device_of(logits):
+            _draw_from_logits_kernel[(num_draws, splits)](
+                logits,
+                rows,
+                temperature,
+                trajectory,
+                position,
+                seed,
+                forbid_stop,
+                partials,
+                tokens,
+                num_rows,
+                num_draws,
+                logits.stride(0),
+                vocab,
+                stop,
+                TILES=LOGITS_TILES,
+                BLOCK=block,
+                num_warps=8,
+            )
     return combine_draws(partials, tokens, temperature)
 
 
@@ -250,17 +252,18 @@ def combine_draws(
     block_s = triton.next_power_of_2(splits)
     block_k = max(1, COMBINE_BLOCK // block_s)
     if num_draws:
-        _draw_combine_kernel[(triton.cdiv(num_draws, block_k),)](
-            partials,
-            tokens,
-            temperature,
-            token,
-            *log_probs,
-            num_draws,
-            splits,
-            NONE=NO_TOKEN,
-            BLOCK_K=block_k,
-            BLOCK_S=block_s,
-            num_warps=4,
-        )
+        with torch.cuda.device_of(partials):
+            _draw_combine_kernel[(triton.cdiv(num_draws, block_k),)](
+                partials,
+                tokens,
+                temperature,
+                token,
+                *log_probs,
+                num_draws,
+                splits,
+                NONE=NO_TOKEN,
+                BLOCK_K=block_k,
+                BLOCK_S=block_s,
+                num_warps=4,
+            )
     return token, *log_probs

@@ -1,6 +1,7 @@
-"""The CUDA forms of the draws, in the Triton interpreter, against csrc and the float64 reference."""
+"""The CUDA forms of the draws, compiled on a GPU or in the interpreter, against csrc and the reference."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,10 +13,17 @@ from fastgfn.ops.sample_next import gumbel_draw, gumbel_draw_triton, head_gumbel
 from fastgfn.reference import sample_next as ref
 from fastgfn.testing import assert_close_to_truth
 
+DEVICE = "cuda" if shutil.which("nvidia-smi") else "cpu"
 STOP = 2
 # Both sides of a where are computed, and what is masked overflows.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 NAMES = ("log_pf", "log_pterm", "log_behavior")
+
+
+def run(op, args):
+    """The op's results on the CPU, of arguments moved to the device."""
+    moved = (x.to(DEVICE) if torch.is_tensor(x) else x for x in args.values())
+    return tuple(x.cpu() for x in op(*moved))
 
 
 def arguments(num_draws=16, num_rows=5, vocab=37, seed=7, stop=STOP, scale=2.0):
@@ -104,10 +112,12 @@ def _words(counter_ptr, seed_ptr, words_ptr, noise_ptr, BLOCK: tl.constexpr):
 def test_words_and_noise_equal_the_reference(seed):
     counter = torch.randint(0, 2**32, (256, 4))
     counter[:2] = torch.tensor([[0], [2**32 - 1]])
-    words, noise = torch.empty_like(counter), torch.empty(256, 4)
-    _words[(1,)](counter, torch.tensor([seed]), words, noise, BLOCK=256)
+    words = torch.empty_like(counter, device=DEVICE)
+    noise = torch.empty(256, 4, device=DEVICE)
+    _words[(1,)](counter.to(DEVICE), torch.tensor([seed], device=DEVICE), words, noise, BLOCK=256)
+    words = words.cpu()
     assert torch.equal(words, ref.philox4x32(counter, seed))
-    assert float((noise - ref.gumbel(words)).abs().max()) < 1e-6
+    assert float((noise.cpu() - ref.gumbel(words)).abs().max()) < 1e-6
 
 
 @triton.jit
@@ -120,8 +130,9 @@ def test_noise_is_accurate_at_both_ends():
     """Small words win draws, at the largest 1 - u leaves float32, and at u = 1/8 the two forms meet."""
     near = torch.arange(1024)
     words = torch.cat([near, 2**32 - 1 - near, 2**29 - 512 + near, torch.randint(0, 2**32, (1024,))])
-    noise = torch.empty(4096)
-    _gumbels[(1,)](words, noise, BLOCK=4096)
+    noise = torch.empty(4096, device=DEVICE)
+    _gumbels[(1,)](words.to(DEVICE), noise, BLOCK=4096)
+    noise = noise.cpu()
     assert float((noise - ref.gumbel(words)).abs().max()) < 2e-6
     exponential = torch.exp(-noise.double()) / -torch.log1p(-(words.double() + 0.5) * 2.0**-32)
     assert float((exponential - 1).abs().max()) < 2e-6
@@ -135,10 +146,19 @@ def test_draws_from_logits_equal_the_truth(monkeypatch, vocab, block, stop):
     args = arguments(vocab=vocab, stop=stop, seed=-3)
     if vocab == 1:
         args["forbid_stop"].zero_()
-    drawn = gumbel_draw_triton(*args.values())
+    drawn = run(gumbel_draw_triton, args)
     assert_equal_tokens(drawn[0], args)
     assert_log_probs(drawn, args)
     assert torch.equal(drawn[0], gumbel_draw(*args.values())[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_logits_are_read_as_float32(dtype):
+    args = arguments(vocab=37)
+    args["logits"] = args["logits"].to(dtype)
+    drawn = run(gumbel_draw_triton, args)
+    want = run(gumbel_draw_triton, args | {"logits": args["logits"].float()})
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(drawn, want, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["peaked", "offset", "masked", "one_left", "stop_certain", "flat", "cold"])
@@ -159,7 +179,7 @@ def test_hard_rows(kind):
         logits.zero_()
     elif kind == "cold":
         args["temperature"] = torch.full((16,), 1e-3)
-    drawn = gumbel_draw_triton(*args.values())
+    drawn = run(gumbel_draw_triton, args)
     assert_equal_tokens(drawn[0], args)
     assert_log_probs(drawn, args)
     if kind == "one_left":
@@ -181,7 +201,7 @@ def test_hard_rows(kind):
 def test_draws_from_hidden_equal_the_truth(num_draws, vocab, width, dtype, softcap):
     args = arguments(num_draws=num_draws, vocab=vocab)
     head, truth, naive = head_arguments(args, width, dtype, softcap)
-    drawn = head_gumbel_draw_triton(*head.values())
+    drawn = run(head_gumbel_draw_triton, head)
     args["logits"] = truth
     assert_equal_tokens(drawn[0], args)
     assert_log_probs(drawn, args, naive)
@@ -191,7 +211,7 @@ def test_plain_head_without_options():
     args = arguments(num_draws=7, vocab=40, stop=-1) | {"temperature": torch.ones(7)}
     head, _, _ = head_arguments(args)
     head |= {"bias": None, "logit_bias": None, "logit_scale": 1.0}
-    drawn = head_gumbel_draw_triton(*head.values())
+    drawn = run(head_gumbel_draw_triton, head)
     args["logits"] = head["hidden"].double() @ head["weight"].double().T
     assert_equal_tokens(drawn[0], args)
     assert_log_probs(drawn, args, head["hidden"] @ head["weight"].T)
@@ -204,13 +224,13 @@ def test_draws_do_not_depend_on_the_batch(monkeypatch, form):
     op, whole_args = gumbel_draw_triton, args
     if form == "hidden":
         op, whole_args = head_gumbel_draw_triton, head_arguments(args)[0]
-    whole = op(*whole_args.values())
-    again = op(*whole_args.values())
+    whole = run(op, whole_args)
+    again = run(op, whole_args)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     per_draw = ("rows", "temperature", "trajectory", "position", "forbid_stop")
     order = torch.randperm(9)
     parts = [
-        op(*(whole_args | {name: whole_args[name][part] for name in per_draw}).values())
+        run(op, whole_args | {name: whole_args[name][part] for name in per_draw})
         for part in order.split([1, 0, 5, 3])
     ]
     joined = [torch.cat([p[k] for p in parts]) for k in range(4)]
@@ -218,7 +238,7 @@ def test_draws_do_not_depend_on_the_batch(monkeypatch, form):
     matrix = "logits" if form == "logits" else "hidden"
     moved = whole_args | {matrix: whole_args[matrix].flip(0), "rows": 4 - args["rows"]}
     moved[matrix] = moved[matrix].contiguous()
-    moved_and_whole += zip(op(*moved.values()), whole, strict=True)
+    moved_and_whole += zip(run(op, moved), whole, strict=True)
     for a, b in moved_and_whole:
         # numpy's product, unlike a tensor core's, depends on where in the tile a row is
         tolerance = 0.0 if form == "logits" or a.dtype == torch.int64 else 2e-6
@@ -228,7 +248,7 @@ def test_draws_do_not_depend_on_the_batch(monkeypatch, form):
     monkeypatch.setattr(head_sample_next, "_num_sms", lambda device: 1)
     for tiles in (1, 3):
         monkeypatch.setattr(sample_next, "LOGITS_TILES", tiles)
-        other = op(*whole_args.values())
+        other = run(op, whole_args)
         assert torch.equal(other[0], whole[0])
         for a, b in zip(other[1:], whole[1:], strict=True):
             torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
@@ -243,7 +263,7 @@ def test_chi_squared(temperature):
     args |= {"rows": torch.zeros_like(args["rows"]), "temperature": torch.full((n,), temperature)}
     args |= {"trajectory": torch.arange(n), "forbid_stop": torch.arange(n) % 2 == 0}
     head, args["logits"], _ = head_arguments(args)
-    token = head_gumbel_draw_triton(*head.values())[0]
+    token = run(head_gumbel_draw_triton, head)[0]
     for forbid in (False, True):
         z = args["logits"][0].double() / temperature
         z[STOP] = -math.inf if forbid else z[STOP]
@@ -261,27 +281,43 @@ def test_chi_squared(temperature):
 
 
 # What the CPU refuses and a GPU can only mark.
-@pytest.mark.parametrize("kind", ["nan", "inf", "all_masked", "only_stop", "row", "temperature"])
-def test_bad_draws_are_marked(kind):
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        ("nan", math.nan),
+        ("inf", math.inf),
+        ("all_masked", None),
+        ("only_stop", None),
+        ("row", 3),
+        ("row", -1),
+        ("position", 2**32),
+        ("position", -1),
+        ("position", -(2**32)),
+        ("temperature", 0.0),
+    ],
+)
+def test_bad_draws_are_marked(kind, wrong):
     args = arguments(num_draws=3, num_rows=3, vocab=20) | {"rows": torch.arange(3)}
     args["forbid_stop"] = torch.tensor([False, True, False])
     logits = args["logits"]
     if kind in ("nan", "inf"):
-        logits[1, 7] = float(kind)
+        logits[1, 7] = wrong
     elif kind == "all_masked":
         logits[1] = -math.inf
     elif kind == "only_stop":
         logits[1, :STOP] = logits[1, STOP + 1 :] = -math.inf
     elif kind == "row":
-        args["rows"] = torch.tensor([0, 3, 2])
+        args["rows"] = torch.tensor([0, wrong, 2])
+    elif kind == "position":
+        args["position"] = torch.tensor([0, wrong, 2**32 - 1])
     elif kind == "temperature":
-        args["temperature"] = torch.tensor([0.5, 0.0, 2.0])
-    token, *log_probs = gumbel_draw_triton(*args.values())
+        args["temperature"] = torch.tensor([0.5, wrong, 2.0])
+    token, *log_probs = run(gumbel_draw_triton, args)
     assert token[1] == sample_next.NO_TOKEN and all(x[1].isnan() for x in log_probs)
     assert (token[::2] >= 0).all() and not any(x[::2].isnan().any() for x in log_probs)
-    if kind == "row":
+    if kind in ("row", "position"):
         head = head_arguments(args)[0]
-        token, *log_probs = head_gumbel_draw_triton(*head.values())
+        token, *log_probs = run(head_gumbel_draw_triton, head)
         assert token[1] == sample_next.NO_TOKEN and all(x[1].isnan() for x in log_probs)
         assert (token[::2] >= 0).all()
 
@@ -289,17 +325,30 @@ def test_bad_draws_are_marked(kind):
 def test_no_draws_and_strided_hidden():
     args = arguments(num_draws=4, vocab=20)
     head = head_arguments(args)[0]
-    wide = torch.randn(5, 48)
+    wide = torch.randn(5, 48, device=DEVICE)
     strided = head | {"hidden": wide[:, ::2]}
     packed = head | {"hidden": wide[:, ::2].contiguous()}
-    for a, b in zip(
-        head_gumbel_draw_triton(*strided.values()), head_gumbel_draw_triton(*packed.values()), strict=True
-    ):
+    for a, b in zip(run(head_gumbel_draw_triton, strided), run(head_gumbel_draw_triton, packed), strict=True):
         assert torch.equal(a, b)
     per_draw = ("rows", "temperature", "trajectory", "position", "forbid_stop")
     for op, some in ((gumbel_draw_triton, args), (head_gumbel_draw_triton, head)):
-        none = op(*(some | {name: some[name][:0] for name in per_draw}).values())
+        none = run(op, some | {name: some[name][:0] for name in per_draw})
         assert [x.shape for x in none] == [(0,)] * 4 and none[0].dtype == torch.int64
+
+
+# The last step of the width lies 2^31 elements on; of the 4 GiB only the pages that are read exist.
+@pytest.mark.parametrize(("width", "step"), [(3, 2**30), (129, 2**24)])
+def test_strides_beyond_32_bits(width, step):
+    vocab, num_rows = 20, 5
+    far = torch.empty((width - 1) * step + vocab + num_rows, dtype=torch.bfloat16, device=DEVICE)
+    weight = far.as_strided((vocab, width), (1, step))
+    hidden = far.as_strided((num_rows, width), (1, step), vocab)
+    head = head_arguments(arguments(num_draws=4, vocab=vocab), width, torch.bfloat16)[0]
+    want = run(head_gumbel_draw_triton, head)
+    weight.copy_(head["weight"])
+    hidden.copy_(head["hidden"])
+    drawn = run(head_gumbel_draw_triton, head | {"hidden": hidden, "weight": weight})
+    assert all(torch.equal(a, b) for a, b in zip(drawn, want, strict=True))
 
 
 def test_the_cuda_key_is_taken():
@@ -313,7 +362,7 @@ def test_the_cuda_key_is_taken():
         (
             {"logits": torch.ones(5, 37).double()},
             TypeError,
-            "logits must be float32 on CUDA, got torch.float64",
+            "logits must be float32, bfloat16 or float16 on CUDA, got torch.float64",
         ),
         ({"logits": torch.ones(5, 74)[:, ::2]}, ValueError, "contiguous rows"),
         ({"rows": torch.zeros(16)}, TypeError, "rows must be torch.int64"),

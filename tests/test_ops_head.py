@@ -305,6 +305,26 @@ def test_opcheck(provider, masks):
     torch.library.opcheck(torch.ops.fastgfn.linear_log_probs.default, args)
 
 
+@pytest.mark.parametrize("provider", TRITON)
+def test_an_entry_out_of_range_is_nan_and_touches_no_other(provider):
+    """Column 37 + 5 of row 0 lies in row 1 of the logits, and nothing reads a row -1 or 3 of 3."""
+    inputs = make_inputs(3, 37, 5, 6)
+    call = {n: inputs[n].float().to(DEVICE) for n in ("hidden", "weight")}
+    rows, columns = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([4, 18, 9, 18, 18, 30])
+    wrong_rows = torch.cat([torch.tensor([-1]), rows, torch.tensor([0, 0, 3])]).to(DEVICE)
+    wrong_columns = torch.cat([torch.tensor([1]), columns, torch.tensor([-2, 37 + 5, 1])]).to(DEVICE)
+
+    def forward(rows, columns):
+        args = (None, None, rows.to(DEVICE), columns.to(DEVICE), 1.0, None, 1.0, provider != "fused")
+        return torch.ops.fastgfn.linear_log_probs(*call.values(), *args, provider)
+
+    log_p, lse, slope, parts, row_grad = forward(wrong_rows, wrong_columns)
+    assert log_p.isnan().tolist() == [True] + [False] * 6 + [True] * 3
+    want = forward(rows, columns)
+    for have, true in zip((log_p[1:7], lse, slope[1:7], parts, row_grad), want, strict=True):
+        assert torch.equal(have, true)
+
+
 def test_the_table():
     def chosen(device, dtype, wants_grad):
         hidden = SimpleNamespace(

@@ -1,15 +1,18 @@
 import math
+import shutil
 
 import pytest
 import torch
 from torch.library import opcheck
 
-from fastgfn.functional import sample_next, sample_next_from_hidden
+from fastgfn import checks
+from fastgfn.functional import sample_next, sample_next_from_hidden, sampling, values
 from fastgfn.ops import sample_next as ops
 from fastgfn.reference import sample_next as ref
 from fastgfn.testing import assert_close_to_truth
 from fastgfn.types import as_int64
 
+DEVICE = "cuda" if shutil.which("nvidia-smi") else "cpu"
 STOP = 2
 NAMES = ("log_pf", "log_pterm", "log_behavior")
 
@@ -165,6 +168,36 @@ def test_public_function_refuses_bad_input(change, message):
         sample_next_from_hidden(args["hidden"], args["weight"], **public(args, **change))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"weight": torch.nn.Linear(24, 37)},
+            NotImplementedError,
+            r"weight must be a plain .* got Linear; .*",
+        ),
+        (
+            {"weight": torch.ones(37, 24).to(torch.int8)},
+            NotImplementedError,
+            "weight must be a plain .*, got Tensor torch.int8; .* pass them to sample_next",
+        ),
+        ({"weight": torch.ones(37, 24).half()}, checks.InputTypeError, "weight must be torch.float32 like"),
+        ({"hidden": torch.ones(5, 24).long()}, checks.InputTypeError, "hidden must be float16, bfloat16,"),
+        ({"bias": torch.ones(36)}, checks.InputError, r"bias must be \(37,\)"),
+        ({"bias": torch.ones(37).double()}, checks.InputTypeError, "bias must be torch.float32 like hidden"),
+        ({"seed": 1.5}, checks.InputTypeError, "seed must be an int, got float"),
+        ({"seed": True}, checks.InputTypeError, "seed must be an int, got bool"),
+        ({"seed": -(2**63) - 1}, checks.InputError, r"seed must be in \[-2\^63, 2\^63\)"),
+        ({"seed": torch.tensor([1.0])}, checks.InputTypeError, "seed must be an int or an int64 tensor, got"),
+        ({"seed": torch.tensor([1, 2])}, checks.InputError, r"seed must be \(\) or \(1,\), got \(2,\)"),
+    ],
+)
+def test_public_function_refuses_other_heads_and_seeds(change, error, message):
+    good = {"hidden": torch.ones(5, 24), "weight": torch.ones(37, 24), "seed": 0}
+    with pytest.raises(error, match=f"sample_next_from_hidden: {message}"):
+        sample_next_from_hidden(**(good | change))
+
+
 def kept_tokens(p, top_k=None, top_p=None, min_p=None):
     """The tokens that the filters leave, by a loop over the sorted probabilities."""
     order = sorted(range(len(p)), key=lambda v: (-p[v], v))[:top_k]
@@ -244,3 +277,57 @@ def test_filters_that_keep_all_change_nothing():
 def test_filters_refuse_bad_values(options, message):
     with pytest.raises(ValueError, match=f"sample_next: {message}"):
         sample_next(torch.ones(1, 3), seed=0, **options)
+
+
+FILTERS = [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}]
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rows": as_int64([0, -1])}, checks.InputError, r"rows must be in \[0, 3\), got \[-1\]"),
+        ({"rows": as_int64([99, 0])}, checks.InputError, r"rows must be in \[0, 3\), got \[99\]"),
+        (
+            {"rows": torch.tensor([True, False, True])},
+            checks.InputTypeError,
+            "rows must be int64, got torch.bool",
+        ),
+        ({"position": as_int64([0, 2**32, 0])}, checks.InputError, r"position must be in \[0, 4294967296\)"),
+        ({"trajectory": torch.zeros(3).int()}, checks.InputTypeError, "trajectory must be int64"),
+    ],
+)
+def test_indices_are_checked_whatever_the_filter(options, change, error, message):
+    with pytest.raises(error, match=f"sample_next: {message}"):
+        sample_next(torch.randn(3, 5), seed=0, **options, **change)
+    if not options:
+        with pytest.raises(error, match=f"sample_next_from_hidden: {message}"):
+            sample_next_from_hidden(torch.randn(3, 4), torch.randn(5, 4), seed=0, **change)
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """The draws of a GPU, which reads no value, in the interpreter."""
+    monkeypatch.setattr(values, "are_read", lambda tensor: False)
+    monkeypatch.setattr(sampling, "gumbel_draw", ops.gumbel_draw_triton)
+    monkeypatch.setattr(sampling, "head_gumbel_draw", ops.head_gumbel_draw_triton)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_bad_draws_are_marked_where_values_are_not_read(unread, monkeypatch, options):
+    rows, position = as_int64([0, -1, 3, 1, 2]), as_int64([0, 0, 0, 2**32, 0])
+    force = torch.tensor([True, True, False, False, False])
+    per_draw = dict(rows=rows, position=position, force_termination=force)
+    common = {n: x.to(DEVICE) for n, x in per_draw.items()} | dict(seed=0, termination_token_id=STOP)
+    draws = [sample_next(torch.randn(3, 5, device=DEVICE), **common, **options)]
+    if not options:
+        hidden, weight = torch.randn(3, 4, device=DEVICE), torch.randn(5, 4, device=DEVICE)
+        draws.append(sample_next_from_hidden(hidden, weight, **common))
+    for draw in draws:
+        assert draw.token[0] == STOP and draw.token[1:4].tolist() == [-1] * 3 and draw.token[4] >= 0
+        for log_prob in (draw.log_pf, draw.log_pterm, draw.log_behavior):
+            assert log_prob.isnan().tolist() == [False, True, True, True, False]
+    monkeypatch.setenv("FASTGFN_DEBUG", "1")
+    with pytest.raises(checks.InputError, match="sample_next: logits must be .* got none at draw"):
+        sample_next(torch.full((1, 5), math.nan, device=DEVICE), seed=0)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastgfn import checks
+from fastgfn.functional import values
 from fastgfn.functional.log_probs import log_probs_from_logits
 from fastgfn.ops import log_probs_from_logits as op
 from fastgfn.reference import log_probs_from_logits as plain
@@ -181,6 +182,17 @@ def test_triton_marks_a_target_out_of_range():
         logits, targets, termination_token_id=None, ignore_index=-100, backend="triton", **options
     )
     assert log_pf.isnan().tolist() == [True, True, False]
+
+
+def test_what_is_not_checked_on_cuda_is_marked(monkeypatch, backend):
+    monkeypatch.setattr(values, "are_read", lambda tensor: False)
+    logits = torch.randn(4, 9, device=TRITON_DEVICE if backend == "triton" else "cpu").requires_grad_()
+    targets = torch.tensor([9, -1, 4, -100], device=logits.device)
+    out = log_probs_from_logits(logits, targets, termination_token_id=2, backend=backend)
+    assert out.log_pf.isnan().tolist() == [True, True, False, False]
+    torch.testing.assert_close(out.log_pterm, logits.log_softmax(1)[:, 2])
+    (grad,) = torch.autograd.grad(out.log_pf.sum(), logits)
+    assert bool((grad[[0, 1, 3]] == 0).all()) and bool((grad[2] != 0).all())
 
 
 def test_repeatability(backend):

@@ -207,6 +207,21 @@ def test_odd_shapes():
     assert torch.equal(same.token, sample_next(row[None], rows=as_int64([0, 0, 0]), seed=1).token)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("options", [{}, {"logit_bias": torch.ones(6) / 3}, {"top_k": 3}], ids=str)
+def test_any_dtype_and_strides(dtype, options):
+    """Values of 16 bits are exact in float32, where the bias is added; log-probs are not rounded to 16."""
+    rows = torch.randn(4, 6).to(dtype)
+    want = sample_next(rows if dtype == torch.float64 else rows.float(), seed=1, **options)
+    wide = torch.zeros(4, 12, dtype=dtype)
+    wide[:, ::2] = rows
+    for logits in (rows, rows.T.contiguous().T, wide[:, ::2]):
+        draw = sample_next(logits, seed=1, **options)
+        assert torch.equal(draw.token, want.token) and torch.equal(draw.log_pf, want.log_pf)
+        assert draw.log_pf.dtype == want.log_pf.dtype
+    assert sample_next(torch.zeros(1, 3).T, seed=0).token.tolist() == [0] * 3
+
+
 def test_repeat_gives_equal_bits():
     args = arguments(vocab=500)
     threads = torch.get_num_threads()
@@ -232,9 +247,9 @@ def test_opcheck(dtype):
     [
         ({"logits": torch.ones(3)}, ValueError, r"logits must be \(R, V\), got \(3,\)"),
         (
-            {"logits": torch.ones(2, 3).half()},
+            {"logits": torch.ones(2, 3).long()},
             TypeError,
-            "logits must be float32 or float64, got torch.float16",
+            "logits must be float16, bfloat16, float32 or float64, got torch.int64",
         ),
         ({"temperature": 0.0}, ValueError, r"temperature must be finite and > 0, got"),
         ({"temperature": torch.ones(3)}, ValueError, r"temperature must be \(2,\), got \(3,\)"),
@@ -243,6 +258,9 @@ def test_opcheck(dtype):
         ({"termination_token_id": None}, ValueError, "termination_token_id must be given with forbid_term"),
         ({"forbid_termination": torch.ones(2)}, TypeError, "forbid_termination must be bool"),
         ({"position": torch.zeros(3)}, ValueError, r"position must be \(2,\)"),
+        ({"seed": 1.5}, TypeError, "seed must be an int, got float"),
+        ({"seed": None}, TypeError, "seed must be an int, got NoneType"),
+        ({"seed": 2**63}, ValueError, r"seed must be in \[-2\^63, 2\^63\), got 9223372036854775808"),
     ],
 )
 def test_refuses_bad_input(change, error, message):
@@ -252,7 +270,7 @@ def test_refuses_bad_input(change, error, message):
         "forbid_termination": torch.zeros(2, dtype=torch.bool),
     }
     with pytest.raises(error, match=f"sample_next: {message}"):
-        sample_next(**(good | change), seed=0)
+        sample_next(**({"seed": 0} | good | change))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgfn import checks
+from fastgfn.functional import values
 from fastgfn.ops import linear_log_probs as linear_ops
 from fastgfn.ops import log_probs_from_logits as logits_ops
 from fastgfn.types import LogProbs
@@ -50,7 +51,8 @@ def linear_log_probs(
         None. float32 (float64 for float64 input). Differentiable, once, in hidden, weight and bias.
 
     Raises:
-        InputError: a shape, device or value disagrees; a token or row out of range (seen on the CPU only).
+        InputError: a shape, device or value disagrees; a token or row out of range. On CUDA that is seen only
+            with FASTGFN_DEBUG=1, which waits for the GPU; otherwise that log_pf is NaN, without gradient.
         InputTypeError: a dtype disagrees. NotImplementedError: the weight is quantised or wrapped.
 
     Numerics: logits, softmax and sums in float32; for 16-bit input the gradient's products are in the input
@@ -68,8 +70,10 @@ def linear_log_probs(
         "ignore_index": ignore_index,
     }
     _check_options(name, targets, weight, **options)
+    targets, bad_targets = values.clamped(targets, weight.shape[0], ignore_index)
+    rows, bad_rows = values.clamped(rows, hidden.shape[0])
     log_pf, log_pterm, lse = linear_ops.linear_log_probs(hidden, weight, targets, rows, bias=bias, **options)
-    return LogProbs(log_pf=log_pf, log_pterm=log_pterm, lse=lse if return_lse else None)
+    return LogProbs(values.marked(log_pf, bad_targets, bad_rows), log_pterm, lse if return_lse else None)
 
 
 def policy_reward_log_probs(
@@ -98,8 +102,7 @@ def policy_reward_log_probs(
     Args:
         targets: one tensor: both streams read these tokens; a pair: the policy's and the reward's.
         rows: the row of each target in its stream, in [0, R1) and [0, R2); one tensor serves both streams.
-        policy_logit_bias, reward_logit_bias: the vocabulary mask of each stream, or None.
-        Others: as in `linear_log_probs`.
+        policy_logit_bias, reward_logit_bias: the mask of each stream. Others: as in `linear_log_probs`.
 
     Returns:
         LogProbs of the policy, log_pf (M1,), log_pterm and lse (R1,), differentiable in policy_hidden, weight
@@ -123,11 +126,19 @@ def policy_reward_log_probs(
     biases = {"policy_logit_bias": policy_logit_bias, "reward_logit_bias": reward_logit_bias}
     for tokens, (arg, logit_bias) in zip(targets, biases.items(), strict=True):
         _check_options(name, tokens, weight, logit_bias=logit_bias, bias_arg=arg, **options)
+    targets, bad_targets = _clamped_pair(targets, (weight.shape[0],) * 2, ignore_index)
+    rows, bad_rows = _clamped_pair(rows, (policy_hidden.shape[0], reward_hidden.shape[0]))
     streams = linear_ops.policy_reward_log_probs(
         policy_hidden, reward_hidden, weight, targets, rows, bias=bias, **biases, **options
     )
-    policy, reward = (LogProbs(pf, pterm, lse if return_lse else None) for pf, pterm, lse in streams)
-    return policy, reward
+    return tuple(
+        LogProbs(values.marked(pf, *bad), pterm, lse if return_lse else None)
+        for (pf, pterm, lse), *bad in zip(streams, bad_targets, bad_rows, strict=True)
+    )
+
+
+def _clamped_pair(pair, highs, ignore=None):
+    return zip(*(values.clamped(x, n, ignore) for x, n in zip(pair, highs, strict=True)), strict=True)
 
 
 def _pair(name: str, arg: str, value):
@@ -169,8 +180,8 @@ def log_probs_from_logits(
         float32 (float64 for float64 logits). Differentiable, once, in logits.
 
     Raises:
-        InputError: a shape, device or value disagrees; a target out of range (seen on the CPU only; its
-            log_pf is NaN with Triton). InputTypeError: a dtype is not supported.
+        InputError: a shape, device or value disagrees; a target out of range, as in `linear_log_probs`.
+        InputTypeError: a dtype is not supported.
         RuntimeError: backend="triton" cannot run on these tensors.
 
     Numerics: float32 inside; the only (M, V) tensor is the gradient. Same bits on repeat.
@@ -189,8 +200,9 @@ def log_probs_from_logits(
     }
     _check_options(name, targets, logits.T, **options)
     backend = _choose_backend(name, backend, logits)
+    targets, bad = values.clamped(targets, logits.shape[1], ignore_index)
     log_pf, log_pterm, lse = logits_ops.log_probs_from_logits(logits, targets, backend=backend, **options)
-    return LogProbs(log_pf=log_pf, log_pterm=log_pterm, lse=lse if return_lse else None)
+    return LogProbs(log_pf=values.marked(log_pf, bad), log_pterm=log_pterm, lse=lse if return_lse else None)
 
 
 def _choose_backend(name: str, backend: str, logits: Tensor) -> str:
@@ -220,19 +232,11 @@ def _check_linear(
     arg: str = "hidden",
 ) -> Tensor:
     """Check the tensors and return the row of every target."""
-    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in DTYPES:
-        checks.fail(
-            name,
-            "weight",
-            "a plain floating-point (V, D) tensor (not a quantised or adapter-wrapped head)",
-            f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip(),
-            "compute the logits with the model's own head and pass them to log_probs_from_logits",
-            kind=NotImplementedError,
-        )
+    check_head(name, weight, "log_probs_from_logits")
     num_rows, width = _check_matrix(name, arg, hidden)
     fix = f"{arg} is {tuple(hidden.shape)}: pass the head of the same model"
     checks.check_shape(name, "weight", weight, ("V", width), fix)
-    _check_dtype(name, "weight", weight, hidden.dtype, arg)
+    check_dtype(name, "weight", weight, hidden.dtype, arg)
     if rows is None:
         fix = f"pass one target per row of {arg}, or `rows` for any other layout"
         checks.check_shape(name, "targets", targets, (num_rows,), fix)
@@ -240,13 +244,25 @@ def _check_linear(
     checks.check_shape(name, "targets", targets, ("M",), "flatten it")
     checks.check_integer(name, "rows", rows)
     checks.check_shape(name, "rows", rows, tuple(targets.shape), "pass the hidden row of every target")
-    _check_range(name, "rows", rows, num_rows)
+    values.check_range(name, "rows", rows, num_rows)
     if bias is not None:
         checks.check_shape(name, "bias", bias, (weight.shape[0],), "pass the bias of the same head")
-        _check_dtype(name, "bias", bias, hidden.dtype, arg)
+        check_dtype(name, "bias", bias, hidden.dtype, arg)
     others = {"weight": weight, "targets": targets, "rows": rows, "bias": bias}
     checks.check_same_device(name, **{arg: hidden}, **others)
     return rows
+
+
+def check_head(name: str, weight: Tensor, instead: str) -> None:
+    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in DTYPES:
+        checks.fail(
+            name,
+            "weight",
+            "a plain floating-point (V, D) tensor (not a quantised or adapter-wrapped head)",
+            f"{type(weight).__name__} {getattr(weight, 'dtype', '')}".strip(),
+            f"compute the logits with the model's own head and pass them to {instead}",
+            kind=NotImplementedError,
+        )
 
 
 def _check_matrix(name: str, arg: str, tensor: Tensor) -> tuple[int, int]:
@@ -257,17 +273,10 @@ def _check_matrix(name: str, arg: str, tensor: Tensor) -> tuple[int, int]:
     return tensor.shape
 
 
-def _check_dtype(name: str, arg: str, tensor: Tensor, want: torch.dtype, like: str) -> None:
+def check_dtype(name: str, arg: str, tensor: Tensor, want: torch.dtype, like: str) -> None:
     if tensor.dtype != want:
         fix = "cast one of the two"
         checks.fail(name, arg, f"{want} like {like}", tensor.dtype, fix, kind=checks.InputTypeError)
-
-
-def _check_range(name: str, arg: str, values: Tensor, high: int) -> None:
-    # On a GPU this would need a synchronisation.
-    if values.device.type == "cpu":
-        bad = values[(values < 0) | (values >= high)]
-        checks.check(not len(bad), name, arg, f"in [0, {high})", bad[:1].tolist(), "correct that entry")
 
 
 def _check_options(
@@ -286,7 +295,7 @@ def _check_options(
     vocab, stop, cap = by_vocab.shape[0], termination_token_id, final_logit_softcap
     checks.check(vocab > 0, name, "the vocabulary", "non-empty", vocab, "pass the whole head")
     checks.check_integer(name, "targets", targets)
-    _check_range(name, "targets", targets.masked_fill(targets == ignore_index, 0), vocab)
+    values.check_range(name, "targets", targets.masked_fill(targets == ignore_index, 0), vocab)
     if logit_bias is not None:
         checks.check_shape(name, bias_arg, logit_bias, (vocab,), "give one value per vocabulary entry")
         checks.check_floating(name, bias_arg, logit_bias)

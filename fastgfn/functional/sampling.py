@@ -1,19 +1,23 @@
 """`sample_next` and `sample_next_from_hidden`: the next token, with the log-probs that a GFlowNet needs."""
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastgfn import checks
+from fastgfn.functional import values
+from fastgfn.functional.log_probs import DTYPES, check_dtype, check_head
 from fastgfn.ops.sample_next import gumbel_draw, head_gumbel_draw
+
+UNFILTERED = (None, None, None)  # top_k, top_p, min_p
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """K drawn tokens, each field (K,): token int64; the log-probs (nats) have the dtype of the logits, or are
-    float32 from hidden states."""
+    """K drawn tokens, each field (K,): token int64; log-probs (nats) float32, or float64 for such logits."""
 
     token: Tensor
     log_pf: Tensor
@@ -23,7 +27,7 @@ class Draw:
 
 @torch.no_grad()
 def sample_next(
-    logits: Tensor,  # (R, V) float32 | float64
+    logits: Tensor,  # (R, V) float16 | bfloat16 | float32 | float64; a copy unless rows are contiguous
     *,
     temperature: float | Tensor = 1.0,  # scalar or (K,)
     top_k: int | None = None,
@@ -52,7 +56,7 @@ def sample_next(
         termination_token_id: the token that stops; None: no token does, and log_pterm is -inf.
         forbid_termination: draws that cannot stop; the other tokens are renormalised, log_pterm is -inf.
         force_termination: draws that must stop (wins over forbid_termination); all three log-probs are 0.
-        seed: key of the noise, an int64; fixed in a CUDA graph.
+        seed: key of the noise, a 64-bit integer; fixed in a CUDA graph.
         trajectory, position: the trajectory that the draw extends, default 0..K-1, and its step, default 0.
         rows: the row of logits that each draw reads, default 0..R-1 (then K == R).
 
@@ -61,9 +65,10 @@ def sample_next(
         log_behavior = log-prob of the token under the distribution that drew it. Not differentiable.
 
     Raises:
-        InputError: a shape, device, temperature, filter or id, forbid or force without termination_token_id.
-        ValueError: a row or position out of range, logits with nan or inf, no token left to draw; on CUDA
-            such a draw is token -1 with NaN log-probs. InputTypeError: a dtype, float64 on CUDA.
+        InputError: a shape, device, filter, id or seed, forbid or force without termination_token_id; a row,
+            position or temperature out of range, logits with nan or inf, no token left. On CUDA these draws
+            are token -1 with NaN log-probs, forced or not, and raise only with FASTGFN_DEBUG=1, which waits
+            for the GPU. InputTypeError: a dtype, float64 on CUDA.
 
     Numerics: the same bits whatever the batch, row order or threads. On CPU exp in the dtype of the logits,
         sums and logs in float64; extra memory V float32 values per distinct (row, temperature). On CUDA
@@ -76,12 +81,10 @@ def sample_next(
         name, logits, logits.shape[1], rows, temperature, trajectory, position, termination_token_id,
         forbid_termination, force_termination, logit_bias,
     )  # fmt: skip
-    biased = logits if logit_bias is None else logits + logit_bias.to(logits.dtype)
-    if top_k is None and top_p is None and min_p is None:
-        draw = _checked(gumbel_draw, biased, rows, *draws, seed, stop, forbid)
-    else:
-        draw = _draw_filtered(biased, rows, *draws, seed, stop, forbid, top_k, top_p, min_p)
-    return _forced(draw, force_termination, stop)
+    filters = (top_k, top_p, min_p)
+    biased = _biased(logits, logit_bias, filters)
+    draw = _draw(biased, rows, *draws, _int_seed(name, seed), stop, forbid, filters)
+    return _forced(name, draw, force_termination, stop)
 
 
 @torch.no_grad()
@@ -118,7 +121,7 @@ def sample_next_from_hidden(
         A Draw with float32 log-probs. Not differentiable.
 
     Raises:
-        As `sample_next`; float64 is for CPU only.
+        As `sample_next`; float64 is for CPU only. NotImplementedError: the weight is quantised or wrapped.
 
     Numerics: on CPU the logits are rounded to the dtype of `hidden`, at most 64 MiB of them (or one row) at a
         time, and the bits are those of `sample_next`. On CUDA they are float32 sums (float32 input: as three
@@ -126,8 +129,7 @@ def sample_next_from_hidden(
         synchronisation, the same bits on repeat; another number of draws may round the logits otherwise.
     """
     name = "sample_next_from_hidden"
-    checks.check_shape(name, "hidden", hidden, ("R", "D"), "flatten the leading dimensions")
-    checks.check_shape(name, "weight", weight, ("V", hidden.shape[1]), "pass the head of the same model")
+    _check_linear(name, hidden, weight, bias)
     checks.check(math.isfinite(logit_scale), name, "logit_scale", "finite", logit_scale, "pass the model's")
     cap = final_logit_softcap
     checks.check(cap is None or cap > 0, name, "final_logit_softcap", "> 0 or None", cap, "pass the model's")
@@ -135,13 +137,11 @@ def sample_next_from_hidden(
         name, hidden, weight.shape[0], rows, temperature, trajectory, position, termination_token_id,
         forbid_termination, force_termination, logit_bias,
     )  # fmt: skip
-    if not isinstance(seed, Tensor):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=hidden.device)
     draw = _checked(
-        head_gumbel_draw, hidden, weight, bias, logit_bias, logit_scale, cap, rows, *draws, seed.reshape(-1),
-        stop, forbid,
+        head_gumbel_draw, hidden, weight, bias, logit_bias, logit_scale, cap, rows, *draws,
+        _tensor_seed(name, seed, hidden.device), stop, forbid,
     )  # fmt: skip
-    return _forced(draw, force_termination, stop)
+    return _forced(name, draw, force_termination, stop)
 
 
 def _checked(op, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -151,30 +151,41 @@ def _checked(op, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         raise checks.InputError(str(error)) from None
 
 
-def _forced(draw: tuple[Tensor, ...], force: Tensor | None, stop: int) -> Draw:
+def _forced(name: str, draw: tuple[Tensor, ...], force: Tensor | None, stop: int) -> Draw:
+    token, *log_probs = draw
+    if values.is_debug():
+        bad = (token < 0).nonzero()[:1, 0].tolist()
+        want, fix = "free of nan and inf, with a token left to draw", "correct the row of that draw"
+        checks.check(not bad, name, "logits", want, f"none at draw {bad}", fix)
     if force is None:
         return Draw(*draw)
-    token, *log_probs = draw
+    # A draw that CUDA marked stays marked.
+    force = force & (token >= 0)
     return Draw(token.masked_fill(force, stop), *(x.masked_fill(force, 0.0) for x in log_probs))
 
 
-def _draw_filtered(
-    logits, rows, temperature, trajectory, position, seed, stop, forbid, top_k, top_p, min_p
+def _draw(
+    logits, rows, temperature, trajectory, position, seed, stop, forbid, filters
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if filters == UNFILTERED:
+        return _checked(gumbel_draw, logits, rows, temperature, trajectory, position, seed, stop, forbid)
+    rows, bad_rows = values.clamped(rows, logits.shape[0])
     z = logits[rows]
     if stop >= 0:
         z[:, stop] = z[:, stop].masked_fill(forbid, -torch.inf)
-    kept = _kept(z / temperature[:, None].to(z.dtype), top_k, top_p, min_p)
+    kept = _kept(z / temperature[:, None].to(z.dtype), *filters)
     own_row = torch.arange(len(rows), device=rows.device)
+    if bad_rows is not None:
+        own_row = own_row.masked_fill(bad_rows, -1)
     token, _, _, log_behavior = _checked(
         gumbel_draw, z.masked_fill(~kept, -torch.inf), own_row, temperature, trajectory, position, seed, stop,
         forbid,
     )  # fmt: skip
     log_q = z.log_softmax(1)
-    # CUDA marks a draw without a token by -1
-    log_pf = log_q.gather(1, token.clamp(min=0)[:, None])[:, 0].masked_fill(token < 0, torch.nan)
+    log_pf = log_q.gather(1, token.clamp(min=0)[:, None])[:, 0]
     log_pterm = log_q[:, stop] if stop >= 0 else torch.full_like(log_pf, -torch.inf)
-    return token, log_pf, log_pterm, log_behavior
+    # CUDA marks a draw without a token by -1
+    return token, *(values.marked(x, token < 0) for x in (log_pf, log_pterm, log_behavior))
 
 
 def _kept(z: Tensor, top_k: int | None, top_p: float | None, min_p: float | None) -> Tensor:
@@ -194,13 +205,62 @@ def _check_logits(
     name: str, logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None
 ) -> None:
     checks.check_shape(name, "logits", logits, ("R", "V"), "flatten the leading dimensions")
-    if logits.dtype not in (torch.float32, torch.float64):
-        want = "float32 or float64"
-        checks.fail(name, "logits", want, logits.dtype, "call .float()", kind=checks.InputTypeError)
+    _check_known(name, "logits", logits)
     fix = "pass None to leave it out"
     checks.check(top_k is None or top_k >= 1, name, "top_k", ">= 1 or None", top_k, fix)
     checks.check(top_p is None or 0 < top_p <= 1, name, "top_p", "in (0, 1] or None", top_p, fix)
     checks.check(min_p is None or 0 <= min_p <= 1, name, "min_p", "in [0, 1] or None", min_p, fix)
+
+
+def _check_linear(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    checks.check_shape(name, "hidden", hidden, ("R", "D"), "flatten the leading dimensions")
+    _check_known(name, "hidden", hidden)
+    check_head(name, weight, "sample_next")
+    checks.check_shape(name, "weight", weight, ("V", hidden.shape[1]), "pass the head of the same model")
+    check_dtype(name, "weight", weight, hidden.dtype, "hidden")
+    if bias is not None:
+        checks.check_shape(name, "bias", bias, (weight.shape[0],), "pass the bias of the same head")
+        check_dtype(name, "bias", bias, hidden.dtype, "hidden")
+    checks.check_same_device(name, hidden=hidden, weight=weight, bias=bias)
+
+
+def _check_known(name: str, arg: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        want = "float16, bfloat16, float32 or float64"
+        checks.fail(name, arg, want, tensor.dtype, "cast it", kind=checks.InputTypeError)
+
+
+def _int_seed(name: str, seed: int) -> int:
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
+        checks.fail(name, "seed", "an int", type(seed).__name__, "pass one", kind=checks.InputTypeError)
+    checks.check(-(2**63) <= seed < 2**63, name, "seed", "in [-2^63, 2^63)", seed, "pass a smaller one")
+    return int(seed)
+
+
+def _tensor_seed(name: str, seed: int | Tensor, device: torch.device) -> Tensor:
+    if not isinstance(seed, Tensor):
+        return torch.full((1,), _int_seed(name, seed), dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64:
+        fix = "cast it to int64"
+        checks.fail(name, "seed", "an int or an int64 tensor", seed.dtype, fix, kind=checks.InputTypeError)
+    have, fix = tuple(seed.shape), "pass one number for all draws"
+    checks.check(have in ((), (1,)), name, "seed", "() or (1,)", have, fix)
+    checks.check(
+        seed.device == device, name, "seed", f"on {device}", seed.device, "move it there, or pass an int"
+    )
+    return seed.reshape(1)
+
+
+def _biased(logits: Tensor, logit_bias: Tensor | None, filters: tuple) -> Tensor:
+    """logits + logit_bias with contiguous rows, in float32 or float64, or as CUDA can read them."""
+    is_read = filters == UNFILTERED and logit_bias is None and logits.is_cuda
+    if not is_read and logits.element_size() == 2:
+        logits = logits.float()
+    if logit_bias is not None:
+        logits = logits + logit_bias.to(logits.dtype)
+    if logits.stride(1) != 1:
+        logits = logits.clone(memory_format=torch.contiguous_format)
+    return logits
 
 
 def _per_draw(
@@ -215,9 +275,14 @@ def _per_draw(
         checks.check_shape(name, "logit_bias", logit_bias, (vocab,), "give one value per token")
     _check_stop(name, num_draws, vocab, stop_id, forbid, force)
     temperature = _temperature(name, temperature, num_draws, device)
-    for arg, value in (("trajectory", trajectory), ("position", position)):
+    for arg, value in (("rows", rows), ("trajectory", trajectory), ("position", position)):
         if value is not None:
             checks.check_shape(name, arg, value, (num_draws,), "give one value per draw")
+            if value.dtype != torch.int64:
+                checks.fail(name, arg, "int64", value.dtype, "cast it", kind=checks.InputTypeError)
+    for arg, value, high in (("rows", rows, source.shape[0]), ("position", position, 2**32)):
+        if value is not None:
+            values.check_range(name, arg, value, high)
     given = {"temperature": temperature, "trajectory": trajectory, "position": position, "rows": rows}
     given |= {"forbid_termination": forbid, "force_termination": force, "logit_bias": logit_bias}
     checks.check_same_device(name, **{"the logits or hidden": source}, **given)
@@ -233,18 +298,18 @@ def _per_draw(
 
 
 def _temperature(name: str, temperature: float | Tensor, num_draws: int, device: torch.device) -> Tensor:
-    """(K,) float32; the values of a tensor on a GPU are not read."""
+    """(K,) float32."""
     if not isinstance(temperature, Tensor):
-        values = torch.tensor([temperature], dtype=torch.float32)
+        read = torch.tensor([temperature], dtype=torch.float32)
         temperature = torch.full((num_draws,), temperature, dtype=torch.float32, device=device)
     else:
         temperature = temperature.to(torch.float32)
         if temperature.dim() == 0:
             temperature = temperature.expand(num_draws)
         checks.check_shape(name, "temperature", temperature, (num_draws,), "give one value per draw")
-        values = temperature if temperature.device.type == "cpu" else None
-    if values is not None:
-        bad = values[~((values > 0) & values.isfinite())][:1].tolist()
+        read = temperature if values.are_read(temperature) else None
+    if read is not None:
+        bad = read[~((read > 0) & read.isfinite())][:1].tolist()
         want, fix = "finite and > 0", "use argmax for greedy decoding"
         checks.check(not bad, name, "temperature", want, bad, fix)
     return temperature

@@ -17,7 +17,6 @@ An empty batch or a zero total gives 0 with zero gradients. `return_weight=True`
 where "mean" is "sum" / weight.sum(), so that both sums can be all-reduced for an exact global mean.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastgfn import checks
+from fastgfn.functional import values
 from fastgfn.ops import subtb as ops
 
 LOSSES = ("squared", "half_squared", "huber", "shifted_cosh", "linex")
@@ -235,7 +235,7 @@ def _check_options(options: _Reduction, lengths: Tensor, subtb_lambda: float) ->
 
 
 def _check_values(function: str, debug: bool, lengths: Tensor, **tensors: Tensor) -> None:
-    if not debug and os.environ.get("FASTGFN_DEBUG") != "1":
+    if not (debug or values.is_debug()):
         return
     width = tensors["log_pf"].shape[1]
     for row, length in enumerate(lengths.tolist()):

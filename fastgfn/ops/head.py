@@ -69,7 +69,7 @@ def forward(
     save_row_grad: bool,
     num_policy: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The outputs of `fastgfn::linear_log_probs`."""
+    """The outputs of `fastgfn::linear_log_probs`; log p is NaN for an entry out of range."""
     from fastgfn.kernels import head, head_fused
 
     vocab = weight.shape[0]
@@ -91,7 +91,8 @@ def forward(
             row_grad = logits.new_empty(num_policy, hidden.shape[1])
         lse_parts = _row_pass(dtype, hidden, weight, bias, masks, entries, num_policy, row_grad, scales)
     peak, log_total = lse_parts
-    log_p = (logits - peak[rows]) - log_total[rows]
+    own = rows.clamp(0, hidden.shape[0] - 1)
+    log_p = (logits - peak[own]) - log_total[own]
     if provider == "fused":
         # The two float32 sums of one logit differ in their order, which could leave log p at 1e-6 above 0.
         log_p.clamp_(max=0.0)

@@ -20,7 +20,7 @@ Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def gumbel_draw(
-    logits: Tensor,  # (R, V) float32 | float64 (CPU only)
+    logits: Tensor,  # (R, V) float32 | float64 (CPU only) | bfloat16, float16 (CUDA only), contiguous rows
     rows: Tensor,  # (K,) int64
     temperature: Tensor,  # (K,) float32
     trajectory: Tensor,  # (K,) int64
@@ -91,10 +91,9 @@ def gumbel_draw_triton(
 
     name = "gumbel_draw"
     checks.check_shape(name, "logits", logits, ("R", "V"), "pass (R, V)")
-    if logits.dtype != torch.float32:
-        checks.fail(
-            name, "logits", "float32 on CUDA", logits.dtype, "call .float()", kind=checks.InputTypeError
-        )
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        want = "float32, bfloat16 or float16 on CUDA"
+        checks.fail(name, "logits", want, logits.dtype, "call .float()", kind=checks.InputTypeError)
     is_contiguous = logits.shape[1] >= 1 and logits.stride(1) == 1
     want = "(R, V) with V >= 1 and contiguous rows"
     checks.check(is_contiguous, name, "logits", want, tuple(logits.stride()), "call .contiguous()")
@@ -254,7 +253,8 @@ def _(counter, seed):
 
 @torch.library.register_fake("fastgfn::gumbel_draw")
 def _(logits, rows, temperature, trajectory, position, seed, termination_token_id, forbid_stop):
-    log_prob = logits.new_empty(rows.shape[0])
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_prob = logits.new_empty(rows.shape[0], dtype=dtype)
     return rows.new_empty(rows.shape[0]), log_prob, torch.empty_like(log_prob), torch.empty_like(log_prob)
 
 
