@@ -104,6 +104,7 @@ CASES = {
         {},
     ),
     "no_reward": (dict(num_policy=3, num_reward=0, vocab=37, width=5, num_targets=(4, 0), bias=False), {}),
+    "no_reward_even": (dict(num_policy=3, num_reward=0, vocab=37, width=6, num_targets=(4, 0)), {}),
     "no_policy": (dict(num_policy=0, num_reward=3, vocab=37, width=5, num_targets=(0, 4)), {}),
     "one_row": (dict(num_policy=1, num_reward=1, vocab=2, width=1, num_targets=(20, 1)), {}),
     "vocab_1333": (dict(num_policy=6, num_reward=5, vocab=1333, width=8, num_targets=(9, 9)), {}),

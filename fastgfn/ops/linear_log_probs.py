@@ -140,8 +140,10 @@ def _linear_log_probs(
             provider, hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded
         )
     if graded == num_rows and uses_csrc(hidden, weight):
+        # without reward rows the second mask serves none
+        mask = logit_bias[0] if logit_bias is not None and logit_bias.dim() == 2 else logit_bias
         return _by_csrc(
-            hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, temperature, save_row_grad
+            hidden, weight, bias, mask, rows, columns, logit_scale, softcap, temperature, save_row_grad
         )
     x = _scaled_hidden(hidden, logit_scale, softcap, temperature)
     # Finite, so that a tile of -inf logits adds exp(-inf - peak) = 0 instead of exp(nan).
@@ -250,7 +252,7 @@ def uses_csrc(hidden: Tensor, weight: Tensor) -> bool:
         hidden.device.type == "cpu"
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and hidden.dtype == weight.dtype == torch.bfloat16
-        and hidden.shape[1] > 0
+        and hidden.numel() > 0  # an empty tensor counts as contiguous, whatever its strides are
         and hidden.shape[1] % 2 == 0
         and weight.stride(1) == 1
         and weight.stride(0) % 2 == 0
