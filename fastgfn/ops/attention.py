@@ -158,7 +158,7 @@ def tree_attention(
     size = query.shape[1]
     step = max(1, min(size, MASK_BYTES // (max(1, size) * query.element_size())))
     blocks = []
-    for start in range(0, size, step):
+    for start in range(0, max(1, size), step):
         stop = min(size, start + step)
         additive = mask.rows(start, stop, window, query.dtype)
         args = (query[:, start:stop], key[:, :stop], value[:, :stop], additive, scale)
