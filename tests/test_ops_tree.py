@@ -135,6 +135,12 @@ def test_odd_shapes():
     assert ops.scatter_add_nodes(torch.ones(0), as_int64([]), 2).tolist() == [0, 0]
 
 
+def test_one_group_for_all_sequences_may_be_expanded_or_strided():
+    prompts, tokens, lengths, _, _ = arguments([[7], [8]], [[5], [6], [5]], [])
+    for group in (as_int64(1).expand(3), as_int64([[0, 9], [1, 9], [0, 9]])[:, 0]):
+        assert_same_tree((prompts, tokens, lengths, group))
+
+
 def test_token_ids_of_any_size():
     assert_same_tree(arguments([[2**40]], [[2**62, -1], [2**62, 0]], [0, 0]))
 
