@@ -12,7 +12,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 OLDEST = .venv-oldest
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 
-.PHONY: install demo test test-oldest lint bench gpu-check
+.PHONY: install demo test test-oldest fuzz lint bench gpu-check
 
 install: $(VENV)/installed
 
@@ -37,6 +37,10 @@ test-oldest:
 	$(MAKE) install VENV=$(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 transformers==5.17.0 'numpy<2.4'
 	$(OLDEST)/bin/pytest $(PARALLEL)
+
+# Random cases of every op and every interpreted kernel against its reference, 1000 of each.
+fuzz: install
+	FASTGFN_FUZZ=1000 $(VENV)/bin/pytest tests/test_fuzz_ops.py tests/test_fuzz_kernels.py
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -34,6 +34,29 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """The kernels of the head with several tiles of everything, none of them full."""
+    from fastgfn.kernels import head, head_fused
+
+    monkeypatch.setattr(head, "ROW_TILE", (16, 1))
+    monkeypatch.setattr(head, "ENTRY_TILE", (16, 16))
+    for name in ("WIDE", "LARGE", "SMALL", "SINGLE"):
+        monkeypatch.setattr(head_fused, name, (16, 16, 16, 1, 2))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Tree attention with blocks of three shapes, so that small trees have full, partial and unseen ones."""
+    from fastgfn.kernels import tree_attention as kernels
+
+    sizes = ((32, 16), (16, 32), (16, 16))
+    small = kernels.Table(*(kernels.Blocks(q, k, 4, 1) for q, k in sizes))
+    for configurations in (kernels.SINGLE, *(table for pair in kernels.TABLES.values() for table in pair)):
+        for width in configurations:
+            monkeypatch.setitem(configurations, width, small)
+
+
 class Plain:
     """A model with transformers' own attention, for comparison; it is no Policy."""
 

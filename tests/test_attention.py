@@ -141,6 +141,15 @@ def test_tree_attention_equals_the_reference_in_values_and_gradients(softcap, wi
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
+def test_tree_attention_of_no_nodes(softcap):
+    empty = TreeMask(torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.int64))
+    inputs = [torch.randn(h, 0, 8, requires_grad=True) for h in (4, 2, 2)]
+    out = tree_attention(*inputs, empty, scale=0.3, softcap=softcap)
+    assert out.shape == (4, 0, 8)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), inputs)] == [(4, 0, 8), (2, 0, 8), (2, 0, 8)]
+
+
 def test_flex_block_mask_equals_the_dense_mask():
     tree = _tree()[-1]
     mask = TreeMask(tree.end, tree.position)

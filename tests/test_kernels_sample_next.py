@@ -11,13 +11,12 @@ import triton.language as tl
 from fastgfn.kernels import head_sample_next, sample_next
 from fastgfn.ops.sample_next import gumbel_draw, gumbel_draw_triton, head_gumbel_draw_triton
 from fastgfn.reference import sample_next as ref
-from fastgfn.testing import assert_close_to_truth
+from fastgfn.testing import assert_drawn_log_probs, assert_drawn_tokens
 
 DEVICE = "cuda" if shutil.which("nvidia-smi") else "cpu"
 STOP = 2
 # Both sides of a where are computed, and what is masked overflows.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-NAMES = ("log_pf", "log_pterm", "log_behavior")
 
 
 def run(op, args):
@@ -55,46 +54,6 @@ def head_arguments(args, width=24, dtype=torch.float32, softcap=None):
     args["seed"] = torch.tensor([args["seed"]])
     naive = logits(lambda x: x) if dtype == torch.float32 else logits(lambda x: x.float())
     return head | args, logits(torch.Tensor.double), naive
-
-
-def scores(args):
-    """(K, V) float64 scores of the reference's argmax."""
-    z = args["logits"].double()[args["rows"]]
-    stop, vocab = args["termination_token_id"], z.shape[1]
-    if stop >= 0:
-        z[:, stop] = z[:, stop].masked_fill(args["forbid_stop"], -math.inf)
-    noise = ref.gumbel(ref.noise_words(args["seed"], args["trajectory"], args["position"], vocab))
-    return z / args["temperature"].double()[:, None] + noise
-
-
-def assert_equal_tokens(token, args, rounding=1e-5):
-    """Equal to the float64 argmax, but where two scores are within `rounding`, relative to the larger."""
-    score = scores(args)
-    best, want = score.max(1)
-    gap = best - score.gather(1, token[:, None])[:, 0]
-    assert (gap <= rounding * best.abs().clamp(min=1.0)).all(), f"gap {float(gap.max()):.3g}"
-    assert (token != want).sum() <= 1 + len(token) // 1000
-
-
-def assert_log_probs(drawn, args, naive_logits=None):
-    """The three log-probs of the tokens that were drawn, by the rule of the tolerances."""
-    token = drawn[0]
-    naive_logits = args["logits"].float() if naive_logits is None else naive_logits
-    values = []
-    for z in (naive_logits, args["logits"].double()):
-        z = z[args["rows"]]
-        stop = args["termination_token_id"]
-        if stop >= 0:
-            z[:, stop] = z[:, stop].masked_fill(args["forbid_stop"], -math.inf)
-        log_q = z.log_softmax(1)
-        tempered = (z / args["temperature"].to(z.dtype)[:, None]).log_softmax(1)
-        log_pterm = log_q[:, stop] if stop >= 0 else torch.full((len(z),), -math.inf)
-        read = token[:, None]
-        values.append((log_q.gather(1, read)[:, 0], log_pterm, tempered.gather(1, read)[:, 0]))
-    for name, fused, low, want in zip(NAMES, drawn[1:], *values, strict=True):
-        finite = want.isfinite()
-        assert fused.dtype == torch.float32 and torch.equal(fused[~finite], want[~finite].float())
-        assert_close_to_truth(name, fused[finite], low[finite], want[finite])
 
 
 @triton.jit
@@ -147,8 +106,8 @@ def test_draws_from_logits_equal_the_truth(monkeypatch, vocab, block, stop):
     if vocab == 1:
         args["forbid_stop"].zero_()
     drawn = run(gumbel_draw_triton, args)
-    assert_equal_tokens(drawn[0], args)
-    assert_log_probs(drawn, args)
+    assert_drawn_tokens(drawn[0], args)
+    assert_drawn_log_probs(drawn, args)
     assert torch.equal(drawn[0], gumbel_draw(*args.values())[0])
 
 
@@ -180,8 +139,8 @@ def test_hard_rows(kind):
     elif kind == "cold":
         args["temperature"] = torch.full((16,), 1e-3)
     drawn = run(gumbel_draw_triton, args)
-    assert_equal_tokens(drawn[0], args)
-    assert_log_probs(drawn, args)
+    assert_drawn_tokens(drawn[0], args)
+    assert_drawn_log_probs(drawn, args)
     if kind == "one_left":
         assert (drawn[0] == 77).all() and (drawn[1] == 0).all()
     if kind == "masked":
@@ -203,8 +162,8 @@ def test_draws_from_hidden_equal_the_truth(num_draws, vocab, width, dtype, softc
     head, truth, naive = head_arguments(args, width, dtype, softcap)
     drawn = run(head_gumbel_draw_triton, head)
     args["logits"] = truth
-    assert_equal_tokens(drawn[0], args)
-    assert_log_probs(drawn, args, naive)
+    assert_drawn_tokens(drawn[0], args)
+    assert_drawn_log_probs(drawn, args, naive)
 
 
 def test_plain_head_without_options():
@@ -213,8 +172,8 @@ def test_plain_head_without_options():
     head |= {"bias": None, "logit_bias": None, "logit_scale": 1.0}
     drawn = run(head_gumbel_draw_triton, head)
     args["logits"] = head["hidden"].double() @ head["weight"].double().T
-    assert_equal_tokens(drawn[0], args)
-    assert_log_probs(drawn, args, head["hidden"] @ head["weight"].T)
+    assert_drawn_tokens(drawn[0], args)
+    assert_drawn_log_probs(drawn, args, head["hidden"] @ head["weight"].T)
     assert torch.equal(drawn[1], drawn[3])
 
 

@@ -14,14 +14,7 @@ DEVICE = "cuda" if shutil.which("nvidia-smi") else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Blocks of three shapes, so that small trees have full, partial and unseen ones."""
-    sizes = ((32, 16), (16, 32), (16, 16))
-    small = kernels.Table(*(kernels.Blocks(q, k, 4, 1) for q, k in sizes))
-    for configurations in (kernels.SINGLE, *(table for pair in kernels.TABLES.values() for table in pair)):
-        for width in configurations:
-            monkeypatch.setitem(configurations, width, small)
+pytestmark = pytest.mark.usefixtures("small_blocks")
 
 
 # one prompt that is seen in full by later blocks, samples that share prefixes, and its duplicate

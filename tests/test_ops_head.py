@@ -24,13 +24,7 @@ DEFAULTS = dict(rows=None, termination_token_id=None, bias=None, logit_bias=None
 EVERYTHING = {"logit_scale": 0.7, "final_logit_softcap": 4.0, "temperature": 1.3}
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Several tiles of everything, none of them full."""
-    monkeypatch.setattr(kernels, "ROW_TILE", (16, 1))
-    monkeypatch.setattr(kernels, "ENTRY_TILE", (16, 16))
-    for name in ("WIDE", "LARGE", "SMALL", "SINGLE"):
-        monkeypatch.setattr(head_fused, name, (16, 16, 16, 1, 2))
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def make_inputs(num_rows, vocab, width, num_targets, *, scale=1.0, stop=True, bias=False, mask=None):

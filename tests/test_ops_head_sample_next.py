@@ -198,17 +198,6 @@ def test_public_function_refuses_other_heads_and_seeds(change, error, message):
         sample_next_from_hidden(**(good | change))
 
 
-def kept_tokens(p, top_k=None, top_p=None, min_p=None):
-    """The tokens that the filters leave, by a loop over the sorted probabilities."""
-    order = sorted(range(len(p)), key=lambda v: (-p[v], v))[:top_k]
-    total, kept, mass = sum(p[v] for v in order), [], 0.0
-    for v in order:
-        if top_p is None or not kept or mass / total < top_p:
-            kept.append(v)
-            mass += p[v]
-    return {v for v in kept if min_p is None or p[v] >= min_p * p[order[0]]}
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -237,7 +226,7 @@ def test_filters(options, dtype):
     p = (z / 1.5).softmax(1)
     seen = set()
     for k in range(num_draws):
-        kept = kept_tokens(p[k].tolist(), **options)
+        kept = ref.kept_tokens(p[k].tolist(), **options)
         v = int(draw.token[k])
         seen.add(v)
         assert v in kept

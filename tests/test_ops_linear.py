@@ -95,6 +95,25 @@ def test_follows_the_switch_of_torch():
         assert not ops.packed(weight).is_mkldnn
 
 
+@pytest.mark.parametrize("with_lora", [True, False])
+def test_a_strided_bias(with_lora):
+    args = inputs(torch.float32)
+    want = run(ops.lora_linear if with_lora else ops.frozen_linear, list(args), with_lora)
+    args[2] = torch.stack([args[2], torch.full((18,), torch.nan)], 1)[:, 0]
+    got = run(ops.lora_linear if with_lora else ops.frozen_linear, args, with_lora)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    packed = ops.packed(args[1])
+    assert torch.equal(ops.product(args[0], packed, args[2]), ops.product(args[0], packed, args[2].clone()))
+
+
+def test_no_input_features():
+    for bias in (True, False):
+        args = inputs(torch.float32, (2, 3, 0), 5, 2, bias)
+        for with_lora, name in ((True, "lora_linear"), (False, "frozen_linear")):
+            got, want = (run(getattr(m, name), list(args), with_lora) for m in (ops, ref))
+            assert got[0].shape == (2, 3, 5) and all(map(torch.equal, got, want))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_packed_weight_gives_the_same_product_for_any_number_of_rows(dtype):
     _, weight, bias, *_ = inputs(dtype, out=40)

@@ -213,6 +213,13 @@ def test_odd_shapes(shape, trainable):
     compare(make_inputs(*shape, stop=False), torch.float32, trainable)
 
 
+def test_no_rows_of_any_strides():
+    """An empty tensor counts as contiguous; bfloat16 of even width would go to the C++ pass."""
+    hidden, weight = torch.zeros(4, 3, dtype=torch.bfloat16).T[:0], torch.ones(5, 4).bfloat16()
+    out = linear_log_probs(hidden, weight, torch.zeros(0, dtype=torch.int64), termination_token_id=1)
+    assert out.log_pf.shape == out.log_pterm.shape == (0,)
+
+
 def test_strided_hidden_int32_targets_and_minus_infinity():
     padded = torch.randn(4, 3, 8)
     weight, targets = torch.randn(600, 8), torch.tensor([1, 0, 599, 5], dtype=torch.int32)

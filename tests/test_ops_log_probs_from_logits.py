@@ -104,6 +104,12 @@ def test_stop_and_ignored_targets(targets, backend):
         compare(inputs | {"termination_token_id": 0}, torch.float32, backend)
 
 
+def test_strided_targets(backend):
+    targets = torch.tensor([[3, -7], [-100, -7], [1, -7], [6, -7]])[:, 0]
+    assert not targets.is_contiguous()
+    compare(make_inputs(4, 7) | {"targets": targets}, torch.float32, backend)
+
+
 def test_chunk_boundaries(monkeypatch):
     monkeypatch.setattr(op, "CHUNK_ELEMENTS", 3 * 40)
     compare(make_inputs(10, 40, mask=-3.0) | EVERYTHING, torch.float64, "torch")

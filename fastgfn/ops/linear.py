@@ -56,7 +56,7 @@ def lora_linear(
     rank = lora_a.shape[0]
     checks.check_shape("lora_linear", "lora_a", lora_a, (rank, weight.shape[1]), "pass (r, K)")
     checks.check_shape("lora_linear", "lora_b", lora_b, (weight.shape[0], rank), "pass (N, r)")
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     out, _ = torch.ops.fastgfn.lora_linear(flat, weight, bias, lora_a, lora_b, scale)
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -64,9 +64,8 @@ def lora_linear(
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., N) = x weight.T + bias for a frozen weight (N, K) and bias (N,), differentiable in x."""
     _check("frozen_linear", x, weight=weight, bias=bias)
-    return torch.ops.fastgfn.frozen_linear(x.reshape(-1, x.shape[-1]), weight, bias).view(
-        *x.shape[:-1], weight.shape[0]
-    )
+    flat = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return torch.ops.fastgfn.frozen_linear(flat, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _check(function: str, x: Tensor, **others: Tensor | None) -> None:

@@ -13,7 +13,7 @@ CHUNK_ELEMENTS = 2**19
 
 def log_probs_from_logits(
     logits: Tensor,  # (M, V) floating point, any strides
-    targets: Tensor,  # (M,) int32 | int64
+    targets: Tensor,  # (M,) int32 | int64, any strides
     *,
     termination_token_id: int | None,
     logit_bias: Tensor | None,
@@ -26,7 +26,7 @@ def log_probs_from_logits(
     """log_pf (M,), log_pterm (M,) or None, lse (M,); see `functional.log_probs.log_probs_from_logits`."""
     log_pf, log_pterm, lse, _ = torch.ops.fastgfn.log_probs_from_logits(
         logits,
-        targets,
+        targets.contiguous(),
         termination_token_id,
         None if logit_bias is None else logit_bias.to(_compute_dtype(logits)).contiguous(),
         logit_scale,

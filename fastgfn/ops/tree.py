@@ -38,7 +38,7 @@ def build_tree(
         flat,
         flat_roles,
         _offsets(lengths.cpu()),
-        group.cpu().long(),
+        group.cpu().long().contiguous(),
     )
 
 

@@ -86,3 +86,16 @@ def head_gumbel_draw(
     logits = logits + (0.0 if logit_bias is None else logit_bias)
     draws = (rows, temperature, trajectory, position, int(seed), termination_token_id, forbid_stop)
     return gumbel_draw(logits, *draws)
+
+
+def kept_tokens(
+    p: list[float], top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> set[int]:
+    """The tokens that the filters leave of one softmax, by a loop over the sorted probabilities."""
+    order = sorted(range(len(p)), key=lambda v: (-p[v], v))[:top_k]
+    total, kept, mass = sum(p[v] for v in order), [], 0.0
+    for v in order:
+        if top_p is None or not kept or mass / total < top_p:
+            kept.append(v)
+            mass += p[v]
+    return {v for v in kept if min_p is None or p[v] >= min_p * p[order[0]]}

@@ -1,0 +1,117 @@
+"""Every Triton kernel in the interpreter on random shapes, strides, dtypes and options, against float64."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from fuzz_cases import (
+    attention_cases,
+    fields,
+    fuzz,
+    head_cases,
+    head_draws,
+    head_logits,
+    logits_cases,
+    logits_draws,
+)
+from hypothesis import strategies as st
+
+from fastgfn import functional
+from fastgfn.kernels import log_probs, sample_next
+from fastgfn.ops import attention, head
+from fastgfn.ops.sample_next import gumbel_draw_triton, head_gumbel_draw_triton
+from fastgfn.reference import attention as attention_truth
+from fastgfn.reference import linear_log_probs as head_truth
+from fastgfn.reference import log_probs_from_logits as logits_truth
+from fastgfn.testing import assert_drawn_log_probs, assert_drawn_tokens, assert_equals_reference, forest
+
+EXAMPLES = 50
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# No multiple of a tile, a few tiles of 16.
+VOCABULARIES = (1, 2, 7, 33, 40)
+WIDTHS = (0, 1, 5, 16, 17, 33)
+pytestmark = [
+    pytest.mark.skipif(not log_probs.IS_INTERPRETED, reason="random shapes are for the interpreter"),
+    # both sides of a where are computed, and what is masked overflows
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+@fuzz(EXAMPLES, case=logits_cases(DTYPES, VOCABULARIES), block=st.sampled_from([16, 4096]))
+def test_log_probs_from_logits(case, block):
+    case[0]["backend"] = "triton"
+    with patch.object(log_probs, "BLOCK_V", block):
+        assert_equals_reference(fields(functional.log_probs_from_logits), logits_log_probs, *case)
+
+
+def logits_log_probs(backend, **inputs):
+    return logits_truth.log_probs_from_logits(**inputs)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@fuzz(
+    EXAMPLES,
+    case=attention_cases(
+        DTYPES, 34, ("plain", "padded", "nodes_first", "expanded"), (1, 5, 16, 24), heads=(2, 2)
+    ),
+)
+def test_tree_attention(case):
+    end, position = forest(case[0])
+
+    def op(**inputs):
+        return attention.tree_attention(**inputs, mask=attention.TreeMask(end, position), provider="triton")
+
+    def truth(**inputs):
+        return attention_truth.tree_attention(**inputs, end=end, position=position)
+
+    assert_equals_reference(op, truth, *case[1])
+
+
+def check_head(case, provider, streams):
+    name = "linear_log_probs" if streams == 1 else "policy_reward_log_probs"
+    op, truth = fields(getattr(functional, name)), getattr(head_truth, name)
+    with patch.object(head, "choose_provider", lambda *args, **kwargs: provider):
+        assert_equals_reference(op, truth, *case)
+
+
+# The logits of all rows at once, or of three rows of 40 tokens at a time.
+CHUNKS = st.sampled_from([(head.CHUNK_BYTES, head.ROW_MULTIPLE, head.VOCAB_MULTIPLE), (3 * 40 * 4, 1, 8)])
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("streams", [1, 2], ids=["one_stream", "two_streams"])
+@pytest.mark.parametrize("provider", ["row_pass", "row_pass_narrow"])
+@fuzz(EXAMPLES, data=st.data(), chunks=CHUNKS)
+def test_head_row_pass(data, chunks, provider, streams):
+    case = data.draw(head_cases(DTYPES, VOCABULARIES, WIDTHS, streams=streams))
+    with patch.multiple(
+        head, **dict(zip(("CHUNK_BYTES", "ROW_MULTIPLE", "VOCAB_MULTIPLE"), chunks, strict=True))
+    ):
+        check_head(case, provider, streams)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("streams", [1, 2], ids=["one_stream", "two_streams"])
+@fuzz(EXAMPLES, data=st.data())
+def test_head_fused(data, streams):
+    inputs, _, *rest = data.draw(head_cases(DTYPES, VOCABULARIES, WIDTHS, streams=streams))
+    check_head((inputs, (), *rest), "fused", streams)  # it serves calls without gradient
+
+
+@fuzz(EXAMPLES, case=logits_draws((1, 2, 8, 37, 130)), block=st.sampled_from([32, 4096]))
+def test_draw_from_logits(case, block):
+    logits, mask, args = case
+    args = {"logits": logits if mask is None else logits + mask} | args
+    with patch.object(sample_next, "LOGITS_BLOCK", block):
+        drawn = gumbel_draw_triton(*args.values())
+    assert_drawn_tokens(drawn[0], args)
+    assert_drawn_log_probs(drawn, args)
+
+
+@fuzz(EXAMPLES, case=head_draws((1, 2, 8, 37, 130), DTYPES, most=20))
+def test_fused_head_draw(case):
+    weights, args = case
+    drawn = head_gumbel_draw_triton(**weights, **args | {"seed": torch.tensor([args["seed"]])})
+    args["logits"], naive = head_logits(weights, rounded=False)
+    assert_drawn_tokens(drawn[0], args)
+    assert_drawn_log_probs(drawn, args, naive)
