@@ -6,6 +6,8 @@ import shutil
 
 # read when huggingface_hub is imported: no test may ask a hub
 os.environ["HF_HUB_OFFLINE"] = "1"
+# read by the pytest-benchmark of a test's own pytest, which runs beside no other
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -153,9 +153,9 @@ def logits_cases(draw, dtypes=ALL_DTYPES, vocabularies=(1, 2, 3, 7, 33)):
 @st.composite
 def head_cases(
     draw, dtypes=ALL_DTYPES, vocabularies=(1, 2, 3, 7, 33), widths=tuple(range(7)), weights=LAYOUTS,
-    streams=1, trainable=True,
+    streams=1, trainable=True, largest=8.0,
 ):  # fmt: skip
-    """linear_log_probs, or with two streams policy_reward_log_probs."""
+    """linear_log_probs, or with two streams policy_reward_log_probs; largest: most scale of the rows."""
     source = Source(draw)
     vocab, width = source.pick(*vocabularies), source.pick(*widths)
     options, kept = logit_options(source, vocab)
@@ -165,7 +165,7 @@ def head_cases(
     for name, mask in zip(names, masks, strict=True):
         num_rows = source.size(0, 4)
         num_targets = source.size(0, 6) if num_rows else 0
-        inputs[name] = source.normal(num_rows, width, scale=source.pick(1.0, 8.0))
+        inputs[name] = source.normal(num_rows, width, scale=source.pick(1.0, largest))
         inputs[mask] = vocabulary_mask(source, vocab, kept)
         tokens.append(targets(source, options, vocab, num_targets))
         rows.append(source.integers(0, max(num_rows, 1), num_targets, layout=source.pick("plain", "sliced")))

@@ -261,9 +261,3 @@ def test_every_provider_refuses_bad_input(change, message):
     assert tree_attention(**good).shape == (4, 3, 8)
     with pytest.raises(InputError, match=f"tree_attention: {message}"):
         tree_attention(**good | change)
-
-
-def test_no_nodes():
-    nothing = torch.zeros(0, dtype=torch.int32)
-    empty = [torch.zeros(h, 0, 8) for h in (4, 2, 2)]
-    assert tree_attention(*empty, TreeMask(nothing, nothing), scale=0.3).shape == (4, 0, 8)

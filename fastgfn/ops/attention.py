@@ -54,13 +54,13 @@ class TreeMask:
         key = ("row_blocks", window)
         if key not in self._cache:
             size = self.end.shape[0]
-            starts = range(0, size, ROW_BLOCK)
+            starts = range(0, max(1, size), ROW_BLOCK)
             self._cache[key] = [self._row_block(s, min(size, s + ROW_BLOCK), window) for s in starts]
         return self._cache[key]
 
     def _row_block(self, start: int, stop: int, window: int | None) -> RowBlock:
         visible = self.end[:start] > start
-        if window is not None:
+        if window is not None and start:
             visible &= self.position[start:stop].min() - self.position[:start] < window
         return RowBlock(start, stop, visible.nonzero()[:, 0])
 
@@ -209,7 +209,7 @@ def _sdpa_attention(query, key, value, mask, scale, softcap, window):
             outs.append(checkpoint(_attend_block, *args, **options))
         else:
             outs.append(_attend_block(*args))
-    return torch.cat(outs, dim=1) if outs else torch.empty_like(query)
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
 
 def _attend_block(query, key, value, block, additive, mask, scale, softcap, window):
