@@ -83,7 +83,7 @@ CHUNKS = st.sampled_from([(head.CHUNK_BYTES, head.ROW_MULTIPLE, head.VOCAB_MULTI
 @pytest.mark.parametrize("provider", ["row_pass", "row_pass_narrow"])
 @fuzz(EXAMPLES, data=st.data(), chunks=CHUNKS)
 def test_head_row_pass(data, chunks, provider, streams):
-    # a trainable head makes its logits again, unrounded beside the lse of rounded ones
+    # in 16 bits it refuses a trainable head
     trainable = provider == "row_pass"
     case = data.draw(head_cases(DTYPES, VOCABULARIES, WIDTHS, streams=streams, trainable=trainable))
     with patch.multiple(

@@ -341,6 +341,12 @@ def test_refuses_what_a_provider_cannot_do(monkeypatch):
         with_provider("fused")(hidden.double(), weight.double(), targets)
     with pytest.raises(RuntimeError, match="provider must be one that forms the gradient of hidden, got 'f"):
         with_provider("fused")(hidden.requires_grad_(), weight, targets)
+    low = [hidden.detach().bfloat16().to(DEVICE), weight.bfloat16().to(DEVICE), targets.to(DEVICE)]
+    with_provider("row_pass_narrow")(low[0].requires_grad_(), *low[1:])
+    with pytest.raises(
+        RuntimeError, match="keeps float32 logits for a trainable head, got 'row_pass_narrow'"
+    ):
+        with_provider("row_pass_narrow")(low[0], low[1].requires_grad_(), low[2])
     with torch.no_grad():
         assert with_provider("fused")(hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE))[1] is None
     monkeypatch.setattr(head, "triton_runs_on", lambda device: device == "cuda")

@@ -4,7 +4,7 @@ that chooses one.
     tiles            torch, one vocabulary tile at a time: any device and dtype
     row_pass         chunks of rows: product with float32 output, one row kernel, product P' W
     row_pass_narrow  the same with logits rounded to the input's dtype: 6 bytes per logit instead of 10, but
-                     errors of up to 2^-9 of a logit, which lse and P' inherit
+                     errors of up to 2^-9 of a logit, which lse and P' inherit; for a frozen head
     fused            lse and logits only, nothing of size V in memory: no gradient of a frozen head
 """
 
@@ -54,6 +54,10 @@ def choose_provider(
         fix = "pass None, or call it under torch.no_grad()"
         want = "one that forms the gradient of hidden"
         checks.fail(function, "provider", want, "'fused'", fix, kind=RuntimeError)
+    if provider == "row_pass_narrow" and hidden.element_size() == 2 and wants_grad and not saves_grad:
+        # its backward would set logits made again, unrounded, against the lse of rounded ones
+        want, fix = "one that keeps float32 logits for a trainable head", "pass None"
+        checks.fail(function, "provider", want, "'row_pass_narrow'", fix, kind=RuntimeError)
     return provider
 
 
