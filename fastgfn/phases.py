@@ -62,8 +62,7 @@ class Recorder:
         self._restart()
 
     def _charge(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         phase = self.phases.setdefault(self._stack[-1], Phase())
         phase.seconds += time.perf_counter() - self._since
         phase.peak_bytes = max(phase.peak_bytes, peak_bytes(self.device))
@@ -85,6 +84,12 @@ def phase(name: str):
         yield
     finally:
         recorder.leave()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -21,7 +21,7 @@ from fastgfn.config import TrainConfig
 from fastgfn.models import Policy
 from fastgfn.ops.backends import versions
 from fastgfn.ops.linear import product
-from fastgfn.phases import Phase, Recorder
+from fastgfn.phases import Phase, Recorder, synchronize
 from fastgfn.rewards import LMReward
 from fastgfn.train import Trainer
 from fastgfn.types import Constraints, Role, TokenTree
@@ -78,10 +78,10 @@ def measure(policy: Policy, workload: Workload, *, compare: str | None = None) -
     drawn: dict[str, list[int]] = {name: [] for name in steps}
     for _ in range(workload.rounds):
         for name, step in steps.items():
-            _synchronize(policy.device)
+            synchronize(policy.device)
             start = time.perf_counter()
             drawn[name].append(step())
-            _synchronize(policy.device)
+            synchronize(policy.device)
             times[name].append(1e3 * (time.perf_counter() - start))
     recorders = {}
     for name, step in steps.items():
@@ -211,20 +211,15 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
     def best(run: Callable[[], object]) -> float:
         times = []
         for _ in range(6):
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             run()
-            _synchronize(device)
+            synchronize(device)
             times.append(time.perf_counter() - start)
         return min(times[1:])
 
     product_s, copy_s = best(lambda: product(a, b)), best(lambda: target.copy_(source))
     return {"tflop_per_s": 2e-12 * size**3 / product_s, "gb_per_s": 2e-9 * num_bytes / copy_s}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _device_name(device: torch.device) -> str:
