@@ -1,6 +1,7 @@
-"""The draw of the next token from logits: token, log-probs at temperature 1, log-prob of the draw.
+"""The draw of the next token: token, log-probs at temperature 1, log-prob of the draw.
 
-Every provider adds the vocabulary mask, draws at temperature 1.5 and returns log p(token) and log p(stop) at
+Mode "logits" has float32 logits; in "head" the provider makes them from hidden states and the head. Every
+provider adds the vocabulary mask, draws at temperature 1.5 and returns log p(token) and log p(stop) at
 temperature 1 and log p(token) at 1.5. Draws differ, so the check reads the log-probs at the provider's own
 tokens, and holds the mean log-prob of the draws to its expectation.
 """
@@ -8,39 +9,56 @@ tokens, and holds the mean log-prob of the draws to its expectation.
 from typing import NamedTuple
 
 import torch
-from suite import Bench, Case, NotAvailable, Outputs, Provider, Step, make_cases, worst_error
+from suite import DTYPES, Bench, Case, NotAvailable, Outputs, Provider, Step, make_cases, worst_error
 from torch import Tensor
 
 from fastgfn import backend_info
-from fastgfn.functional import sample_next
+from fastgfn.functional import sample_next, sample_next_from_hidden
 
 STOP = 3
 TEMPERATURE = 1.5
 # Standard deviations of the mean log-prob of the draws: never reached by chance in a run.
 MOST_SIGMAS = 6.0
 SHAPES = {
-    "short": [dict(R=64, V=1000)],
-    "cpu": [dict(R=20, V=49152), dict(R=64, V=49152), dict(R=64, V=128256)],
-    "cuda": [dict(R=64, V=49152), dict(R=64, V=128256), dict(R=256, V=128256)],
+    "short": [dict(R=64, D=64, V=1000)],
+    "cpu": [dict(R=20, D=576, V=49152), dict(R=64, D=576, V=49152), dict(R=64, D=2048, V=32000)],
+    "cuda": [
+        dict(R=64, D=576, V=49152),
+        dict(R=64, D=2048, V=128256),
+        dict(R=256, D=2048, V=128256),
+        dict(R=64, D=4096, V=128256),
+    ],
 }
 
 
 class Inputs(NamedTuple):
-    logits: Tensor  # (R, V) float32
+    logits: Tensor | None  # (R, V) float32, in mode "logits"
+    hidden: Tensor | None  # (R, D), in mode "head"
+    weight: Tensor | None  # (V, D)
     bias: Tensor  # (V,) float32, -99 at every tenth token
+
+    def make_logits(self) -> Tensor:
+        return self.logits if self.hidden is None else (self.hidden @ self.weight.T).float()
 
 
 def cases(device: str, shapes: str) -> list[Case]:
     shapes = SHAPES[device if shapes == "full" else "short"]
-    return make_cases("draw", device, ["logits"], ["float32"], shapes)
+    dtypes = ["float32", "bfloat16"] if device == "cpu" else ["bfloat16"]
+    logits = make_cases("draw", device, ["logits"], ["float32"], shapes)
+    return logits + make_cases("draw", device, ["head"], dtypes, shapes)
 
 
 def make_inputs(case: Case) -> Inputs:
-    generator = torch.Generator(case.device).manual_seed(case["V"])
-    logits = 3 * torch.randn(case["R"], case["V"], generator=generator, device=case.device)
-    bias = torch.zeros(case["V"], device=case.device)
+    """Logits of standard deviation 3, as of a trained model."""
+    rows, width, vocab = case["R"], case["D"], case["V"]
+    options = {"generator": torch.Generator(case.device).manual_seed(vocab), "device": case.device}
+    bias = torch.zeros(vocab, device=case.device)
     bias[::10] = -99.0
-    return Inputs(logits, bias)
+    if case.mode == "logits":
+        return Inputs(3 * torch.randn(rows, vocab, **options), None, None, bias)
+    hidden, weight = torch.randn(rows, width, **options), torch.randn(vocab, width, **options)
+    dtype = DTYPES[case.dtype]
+    return Inputs(None, hidden.to(dtype), weight.mul_(3 * width**-0.5).to(dtype), bias)
 
 
 def fastgfn(case: Case, inputs: Inputs) -> Step:
@@ -48,12 +66,14 @@ def fastgfn(case: Case, inputs: Inputs) -> Step:
     if backend.startswith("none"):
         raise NotAvailable(f"sample_next on {case.device}: {backend}")
     position = torch.zeros(case["R"], dtype=torch.int64, device=case.device)
+    own = (inputs.logits,) if case.mode == "logits" else (inputs.hidden, inputs.weight)
+    function = sample_next if case.mode == "logits" else sample_next_from_hidden
 
     def run() -> Outputs:
         # Other noise every time, as in a rollout.
         position.add_(1)
-        draw = sample_next(
-            inputs.logits,
+        draw = function(
+            *own,
             temperature=TEMPERATURE,
             logit_bias=inputs.bias,
             termination_token_id=STOP,
@@ -76,31 +96,33 @@ def read(log_p: Tensor, tempered: Tensor, token: Tensor) -> Outputs:
     return token, log_p.gather(1, at)[:, 0], log_p[:, STOP], tempered.gather(1, at)[:, 0]
 
 
-def draw_gumbel(logits: Tensor, bias: Tensor) -> Outputs:
-    log_p, tempered = log_probs(logits, bias)
+def draw_gumbel(inputs: Inputs) -> Outputs:
+    log_p, tempered = log_probs(inputs.make_logits(), inputs.bias)
     noise = torch.empty_like(tempered).exponential_().log()
     return read(log_p, tempered, (tempered - noise).argmax(-1))
 
 
-def draw_multinomial(logits: Tensor, bias: Tensor) -> Outputs:
-    log_p, tempered = log_probs(logits, bias)
+def draw_multinomial(inputs: Inputs) -> Outputs:
+    log_p, tempered = log_probs(inputs.make_logits(), inputs.bias)
     return read(log_p, tempered, torch.multinomial(tempered.exp(), 1)[:, 0])
 
 
 def eager(draw):
-    return lambda case, inputs: Step(torch.no_grad()(lambda: draw(*inputs)))
+    return lambda case, inputs: Step(torch.no_grad()(lambda: draw(inputs)))
 
 
 def compiled(draw):
     def prepare(case: Case, inputs: Inputs) -> Step:
         run = torch.compile(draw, dynamic=False, fullgraph=True)
-        return Step(torch.no_grad()(lambda: run(*inputs)))
+        return Step(torch.no_grad()(lambda: run(inputs)))
 
     return prepare
 
 
 def truth(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    return log_probs(inputs.logits.double(), inputs.bias.double())
+    if inputs.hidden is None:
+        return log_probs(inputs.logits.double(), inputs.bias.double())
+    return log_probs(inputs.hidden.double() @ inputs.weight.double().T, inputs.bias.double())
 
 
 def error(case: Case, inputs: Inputs, have: Outputs, truth: tuple[Tensor, Tensor]) -> float:
@@ -115,8 +137,13 @@ def error(case: Case, inputs: Inputs, have: Outputs, truth: tuple[Tensor, Tensor
 
 
 def work(case: Case) -> tuple[float, float]:
-    """The logits read once; two exponentials and a noise per logit, each counted as one FLOP."""
-    return 3.0 * case["R"] * case["V"], 4.0 * (case["R"] * case["V"] + case["V"])
+    """Two exponentials and a noise per logit, each counted as one FLOP, and the product in mode "head"; the
+    inputs read once."""
+    rows, width, vocab = case["R"], case["D"], case["V"]
+    if case.mode == "logits":
+        return 3.0 * rows * vocab, 4.0 * (rows * vocab + vocab)
+    num_bytes = DTYPES[case.dtype].itemsize * (rows + vocab) * width + 4.0 * vocab
+    return (3.0 + 2.0 * width) * rows * vocab, num_bytes
 
 
 BENCH = Bench(
@@ -132,7 +159,7 @@ BENCH = Bench(
     },
     truth=truth,
     error=error,
-    tolerance={"float32": (1e-5, 1e-4)},
+    tolerance={"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 1e-1)},
     work=work,
 )
 

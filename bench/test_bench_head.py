@@ -1,7 +1,8 @@
 """The head: hidden states, a frozen weight, targets and stop -> both log-probs and lse, and dH.
 
 Mode "fwd" has no gradient; "fwd+dH" adds the gradient of the hidden states for a random upstream gradient of
-every log-prob. A rival with one target per row gets the *fair composition*, one call and two gather-dots:
+every log-prob; "policy+reward" is "fwd+dH" of N rows and "fwd" of N more, for which rivals are called twice.
+A rival with one target per row gets the *fair composition*, one call and two gather-dots:
 lse = nll + h.W_target, log p_stop = h.W_stop - lse, its gradient by autograd.
 """
 
@@ -26,10 +27,11 @@ from suite import (
 )
 from torch import Tensor
 
-from fastgfn.functional import linear_log_probs, log_probs_from_logits
+from fastgfn.functional import linear_log_probs, log_probs_from_logits, policy_reward_log_probs
 from fastgfn.reference import linear_log_probs as reference
 
-MODES = ("fwd", "fwd+dH")
+# Mode -> products of N rows with the weight.
+MODES = {"fwd": 1, "fwd+dH": 2, "policy+reward": 3}
 # The ops are row by row, so a sample of rows checks the call that is timed.
 CHECKED_ROWS = 64
 STOP = 3
@@ -47,12 +49,15 @@ SHAPES = {
         dict(N=4096, D=4096, V=128256),
     ],
 }
+# Shapes of "policy+reward".
+BOTH = [dict(N=64, D=64, V=1000), dict(N=640, D=576, V=49152), dict(N=4096, D=2048, V=128256)]
 # What torch.compile may tune its own products on: that takes minutes a shape.
 TUNED = dict(N=4096, D=2048, V=128256)
 
 
 class Inputs(NamedTuple):
     hidden: Tensor  # (N, D)
+    reward_hidden: Tensor  # (N, D), other rows
     weight: Tensor  # (V, D)
     targets: Tensor  # (N,)
     upstream: tuple[Tensor, Tensor]  # 2 of (N,) float32: of log p(target) and of log p(stop)
@@ -60,13 +65,16 @@ class Inputs(NamedTuple):
 
 # hidden (N, D), weight (V, D), targets (N,) -> log p(target), log p(stop), lse, each (N,).
 Head = Callable[[Tensor, Tensor, Tensor], Outputs]
-# The same -> -log p(target) (N,).
+# hidden, reward_hidden, weight, targets -> the outputs of the policy's rows and of the reward's.
+Both = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Outputs, Outputs]]
+# hidden, weight, targets -> -log p(target) (N,).
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cases(device: str, shapes: str) -> list[Case]:
     dtypes = list(DTYPES) if device == "cpu" or shapes == "short" else ["bfloat16"]
-    return make_cases("head", device, MODES, dtypes, SHAPES[device if shapes == "full" else "short"])
+    found = make_cases("head", device, MODES, dtypes, SHAPES[device if shapes == "full" else "short"])
+    return [c for c in found if c.mode != "policy+reward" or dict(c.sizes) in BOTH]
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -85,11 +93,12 @@ def make_inputs(case: Case) -> Inputs:
     hidden += boost * own / own.square().sum(1, keepdim=True)
     upstream = tuple(torch.randn(num_rows, **options) for _ in range(2))
     dtype = DTYPES[case.dtype]
-    return Inputs(hidden.to(dtype), weight.to(dtype), targets, upstream)
+    return Inputs(hidden.to(dtype), hidden.flip(1).to(dtype), weight.to(dtype), targets, upstream)
 
 
-def step(case: Case, inputs: Inputs, head: Head) -> Step:
-    hidden, weight, targets, upstream = inputs
+def step(case: Case, inputs: Inputs, head: Head, both: Both | None = None) -> Step:
+    hidden, reward_hidden, weight, targets, upstream = inputs
+    both = two_calls(head) if both is None else both
     if case.mode == "fwd":
 
         @torch.no_grad()
@@ -100,12 +109,32 @@ def step(case: Case, inputs: Inputs, head: Head) -> Step:
         hidden = hidden.detach().requires_grad_()
 
         def run() -> Outputs:
-            log_pf, log_pterm, lse = head(hidden, weight, targets)
+            reward = ()
+            if case.mode == "fwd+dH":
+                log_pf, log_pterm, lse = head(hidden, weight, targets)
+            else:
+                (log_pf, log_pterm, lse), reward = both(hidden, reward_hidden, weight, targets)
             grads = [g.to(x.dtype) for g, x in zip(upstream, (log_pf, log_pterm), strict=True)]
             grad = torch.autograd.grad((log_pf, log_pterm), hidden, grads)[0]
-            return log_pf.detach(), log_pterm.detach(), lse.detach(), grad
+            return log_pf.detach(), log_pterm.detach(), lse.detach(), grad, *reward
 
     return Step(run)
+
+
+def two_calls(head: Head) -> Both:
+    def both(hidden: Tensor, reward_hidden: Tensor, weight: Tensor, targets: Tensor):
+        policy = head(hidden, weight, targets)
+        with torch.no_grad():
+            return policy, head(reward_hidden, weight, targets)
+
+    return both
+
+
+def fastgfn_both(hidden: Tensor, reward_hidden: Tensor, weight: Tensor, targets: Tensor):
+    streams = policy_reward_log_probs(
+        hidden, reward_hidden, weight, targets, termination_token_id=STOP, return_lse=True
+    )
+    return tuple((out.log_pf, out.log_pterm, out.lse) for out in streams)
 
 
 def fastgfn(hidden: Tensor, weight: Tensor, targets: Tensor) -> Outputs:
@@ -219,23 +248,25 @@ def quack_chunked(case: Case, inputs: Inputs) -> Step:
 
 
 def gemm(case: Case, inputs: Inputs) -> Step:
-    """The bare products of the task: logits, and in "fwd+dH" the one with the logits' gradient."""
-    hidden, weight = inputs[:2]
+    """The bare products of the task: logits, and with their gradient where there is one."""
+    hidden, reward_hidden, weight = inputs[:3]
     logits = hidden.new_zeros(len(hidden), len(weight))
     grad = torch.empty_like(hidden)
 
     @torch.no_grad()
     def run() -> Outputs:
+        if case.mode == "policy+reward":
+            torch.mm(reward_hidden, weight.T, out=logits)
         torch.mm(hidden, weight.T, out=logits)
-        if case.mode == "fwd+dH":
+        if case.mode != "fwd":
             torch.mm(logits, weight, out=grad)
         return ()
 
     return Step(run)
 
 
-def of(head: Head) -> Callable[[Case, Inputs], Step]:
-    return partial(step, head=head)
+def of(head: Head, both: Both | None = None) -> Callable[[Case, Inputs], Step]:
+    return partial(step, head=head, both=both)
 
 
 @lru_cache(maxsize=4)
@@ -251,6 +282,9 @@ def truth(case: Case, inputs: Inputs) -> Outputs:
     upstream = [g[rows].double() for g in inputs.upstream]
     grad = torch.autograd.grad((log_pf, log_pterm), hidden, upstream)
     out = tuple(x.detach() for x in (log_pf, log_pterm, lse))
+    if case.mode == "policy+reward":
+        reward = inputs.reward_hidden[rows].double()
+        grad += reference.linear_log_probs(reward, weight, targets, termination_token_id=STOP)
     return out if case.mode == "fwd" else out + grad
 
 
@@ -260,9 +294,9 @@ def error(case: Case, inputs: Inputs, have: Outputs, truth: Outputs) -> float:
 
 
 def work(case: Case) -> tuple[float, float]:
-    """One product or two; the inputs read once, the outputs written once."""
+    """One product to three; the inputs read once, the outputs written once."""
     n, d, v = case["N"], case["D"], case["V"]
-    num_products = 2 if case.mode == "fwd+dH" else 1
+    num_products = MODES[case.mode]
     num_bytes = DTYPES[case.dtype].itemsize * (v * d + n * d * num_products) + 20.0 * n
     return 2.0 * n * d * v * num_products, num_bytes
 
@@ -272,7 +306,7 @@ BENCH = Bench(
     cases=cases,
     make_inputs=make_inputs,
     providers={
-        "fastgfn": Provider(of(fastgfn)),
+        "fastgfn": Provider(of(fastgfn, fastgfn_both)),
         "fastgfn_logits": Provider(of(fastgfn_logits), has_logits=True),
         "eager": Provider(of(eager)),
         "eager_low": Provider(eager_low_step),

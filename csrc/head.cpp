@@ -24,7 +24,11 @@ using half_t = at::BFloat16;
 
 constexpr const char* kName = "head_forward";
 constexpr int64_t kRows = 64;   // of a block: its logits of one tile are 128 KB
-constexpr int64_t kTile = 512;  // columns of a tile: both packed copies fit a cache of 2 MB
+constexpr int64_t kTile = 512;  // columns of a tile
+// Columns of a panel, as which both copies of a tile are packed: in rows as wide as the tile, or as the model, those
+// of one step of a product lie a power of two apart and fall on the same few sets of the cache (1.6 times slower at
+// D = 2048).
+constexpr int64_t kPanel = 64;
 
 // What turns a product into a logit, and a logit into what the softmax reads.
 struct Transform {
@@ -39,31 +43,22 @@ struct Entries {
   std::vector<int64_t> row, column, slot;
 };
 
-// (K / 2, N, 2) from weight (N, K), in words of two values: the second operand of x @ weight^T.
-void transpose_words(const uint32_t* in, int64_t stride, int64_t rows, int64_t columns, uint32_t* out) {
+// A panel (depth / 2, kPanel, 2) of x @ weight^T from `rows` rows of the weight, in words of two values.
+void transpose_words(const uint32_t* in, int64_t stride, int64_t rows, int64_t depth, uint32_t* out) {
   constexpr int64_t kBlock = 16;
-  for (int64_t c = 0; c < columns; c += kBlock) {
-    for (int64_t r = 0; r < kTile; r += kBlock) {
-      for (int64_t j = c; j < std::min(columns, c + kBlock); ++j) {
-        for (int64_t i = r; i < r + kBlock; ++i) out[j * kTile + i] = i < rows ? in[i * stride + j] : 0u;
+  for (int64_t c = 0; c < depth; c += kBlock) {
+    for (int64_t r = 0; r < kPanel; r += kBlock) {
+      for (int64_t j = c; j < std::min(depth, c + kBlock); ++j) {
+        for (int64_t i = r; i < r + kBlock; ++i) out[j * kPanel + i] = i < rows ? in[i * stride + j] : 0u;
       }
     }
   }
 }
 
-// Row pairs side by side, (K / 2, N, 2) from (K, N): the second operand of a 16-bit product.
-void interleave_rows(const half_t* in, int64_t stride, int64_t rows, int64_t columns, half_t* out,
-                     int64_t begin, int64_t end) {
-  for (int64_t k = begin; k < end; ++k) {
-    const half_t* even = in + 2 * k * stride;
-    const half_t* odd = even + stride;
-    half_t* to = out + 2 * k * columns;
-    const bool has_even = 2 * k < rows, has_odd = 2 * k + 1 < rows;
-    for (int64_t n = 0; n < columns; ++n) {
-      to[2 * n] = has_even ? even[n] : half_t(0);
-      to[2 * n + 1] = has_odd ? odd[n] : half_t(0);
-    }
-  }
+// Two rows side by side: out[2 i] = even[i], out[2 i + 1] = odd[i], or 0 without an odd row.
+void interleave(const half_t* even, const half_t* odd, int64_t count, half_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[2 * i] = even[i];
+  for (int64_t i = 0; i < count; ++i) out[2 * i + 1] = odd ? odd[i] : half_t(0);
 }
 
 class Head {
@@ -75,7 +70,7 @@ class Head {
     total = at::zeros({hidden.size(0)}, hidden.options().dtype(at::kDouble));
     row_grad = want_grad ? at::zeros(hidden.sizes(), floats) : at::empty({0}, floats);
     packed_ = at::empty({hidden.size(1) * kTile}, hidden.options());
-    if (want_grad) pairs_ = at::empty({hidden.size(1) * kTile}, hidden.options());
+    if (want_grad) pairs_ = at::empty({panels(hidden.size(1)) * kPanel * kTile}, hidden.options());
   }
 
   void tile(int64_t start, const Entries& entries, float* logits, float* slope) {
@@ -93,16 +88,30 @@ class Head {
   Tensor peak, total, row_grad;  // of all columns but the entries
 
  private:
+  static int64_t panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+  // packed_: panels of the tile's columns, (depth / 2, kPanel, 2) each; pairs_: panels of the depth, (kTile / 2,
+  // kPanel, 2) each.
   void pack(int64_t start, int64_t width) {
     const int64_t depth = hidden_.size(1), stride = weight_.stride(0);
     const half_t* w = weight_.const_data_ptr<half_t>() + start * stride;
-    at::parallel_for(0, depth / 2, 64, [&](int64_t begin, int64_t end) {
-      transpose_words(reinterpret_cast<const uint32_t*>(w) + begin, stride / 2, width, end - begin,
-                      reinterpret_cast<uint32_t*>(packed_.data_ptr<half_t>()) + begin * kTile);
+    at::parallel_for(0, panels(width), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        transpose_words(reinterpret_cast<const uint32_t*>(w + p * kPanel * stride), stride / 2,
+                        std::min(kPanel, width - p * kPanel), depth / 2,
+                        reinterpret_cast<uint32_t*>(packed_.data_ptr<half_t>() + p * kPanel * depth));
+      }
     });
     if (!pairs_.defined()) return;
-    at::parallel_for(0, (width + 1) / 2, 64, [&](int64_t begin, int64_t end) {
-      interleave_rows(w, stride, width, depth, pairs_.data_ptr<half_t>(), begin, end);
+    at::parallel_for(0, (width + 1) / 2, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const half_t* even = w + 2 * k * stride;
+        const half_t* odd = 2 * k + 1 < width ? even + stride : nullptr;
+        for (int64_t first = 0; first < depth; first += kPanel) {
+          interleave(even + first, odd ? odd + first : nullptr, std::min(kPanel, depth - first),
+                     pairs_.data_ptr<half_t>() + first * kTile + 2 * k * kPanel);
+        }
+      }
     });
   }
 
@@ -110,8 +119,10 @@ class Head {
              std::vector<float>& z, std::vector<float>& s, std::vector<half_t>& p) {
     const int64_t depth = hidden_.size(1), rows = std::min(kRows, hidden_.size(0) - row);
     const half_t* x = hidden_.const_data_ptr<half_t>() + row * hidden_.stride(0);
-    at::native::cpublas::brgemm(rows, kTile, depth, hidden_.stride(0), kTile, kTile, false, x,
-                                packed_.const_data_ptr<half_t>(), z.data());
+    for (int64_t first = 0; first < width; first += kPanel) {
+      at::native::cpublas::brgemm(rows, kPanel, depth, hidden_.stride(0), kPanel, kTile, false, x,
+                                  packed_.const_data_ptr<half_t>() + first * depth, &z[first]);
+    }
     const float* bias = transform_.bias ? transform_.bias + start : nullptr;
     const float* logit_bias = transform_.logit_bias ? transform_.logit_bias + start : nullptr;
     for (int64_t i = 0; i < rows; ++i) {
@@ -150,8 +161,10 @@ class Head {
       round_to(&z[i * kTile], width, &p[i * kTile]);
       if (even > width) p[i * kTile + width] = half_t(0);
     }
-    at::native::cpublas::brgemm(rows, depth, even, kTile, depth, depth, true, p.data(),
-                                pairs_.const_data_ptr<half_t>(), row_grad_of(row));
+    for (int64_t first = 0; first < depth; first += kPanel) {
+      at::native::cpublas::brgemm(rows, std::min(kPanel, depth - first), even, kTile, kPanel, depth, true, p.data(),
+                                  pairs_.const_data_ptr<half_t>() + first * kTile, row_grad_of(row) + first);
+    }
   }
 
   const Tensor& hidden_;

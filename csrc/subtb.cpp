@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -73,8 +74,8 @@ std::tuple<at::Tensor, at::Tensor> subtb_padded_backward(const at::Tensor& grad_
   const int64_t width = log_pf.size(1);
   check_lengths("subtb_padded_backward", counts, width);
   const at::Tensor grad = grad_numerator.to(at::kDouble).contiguous();
-  at::Tensor grad_log_pf = at::zeros(log_pf.sizes(), log_pf.options());
-  at::Tensor grad_log_flow = at::zeros(log_flow.sizes(), log_flow.options());
+  at::Tensor grad_log_pf = at::empty(log_pf.sizes(), log_pf.options());
+  at::Tensor grad_log_flow = at::empty(log_flow.sizes(), log_flow.options());
   AT_DISPATCH_FLOATING_TYPES(log_pf.scalar_type(), "subtb_padded_backward", [&] {
     const auto rows = rows_of<scalar_t>(log_pf, log_flow, counts, subtb_lambda);
     const double* g = grad.const_data_ptr<double>();
@@ -82,7 +83,11 @@ std::tuple<at::Tensor, at::Tensor> subtb_padded_backward(const at::Tensor& grad_
     scalar_t* flow = grad_log_flow.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, log_pf.size(0), rows_per_task(width), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        subtb_row_backward(rows.row(n), subtb_lambda, g[n], pf + n * width, flow + n * (width + 1));
+        scalar_t *pf_row = pf + n * width, *flow_row = flow + n * (width + 1);
+        const auto row = rows.row(n);
+        subtb_row_backward(row, subtb_lambda, g[n], pf_row, flow_row);
+        std::fill(pf_row + row.length, pf_row + width, scalar_t(0));
+        std::fill(flow_row + row.length + 1, flow_row + width + 1, scalar_t(0));
       }
     });
   });

@@ -39,10 +39,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """The kernels of the head with several tiles of everything, none of them full."""
-    from fastgfn.kernels import head, head_fused
+    from fastgfn.kernels import head, head_backward, head_fused
 
     monkeypatch.setattr(head, "ROW_TILE", (16, 1))
     monkeypatch.setattr(head, "ENTRY_TILE", (16, 16))
+    monkeypatch.setattr(head_backward, "TILE", (2, 16, 1))
     for name in ("WIDE", "LARGE", "SMALL", "SINGLE"):
         monkeypatch.setattr(head_fused, name, (16, 16, 16, 1, 2))
 

@@ -230,7 +230,7 @@ def test_draws_from_another_distribution_are_refused():
     case = draw.cases("cpu", "short")[0]
     inputs = draw.make_inputs(case)
     truth = draw.truth(case, inputs)
-    at_one, tempered = draw.log_probs(*inputs)
+    at_one, tempered = draw.log_probs(inputs.make_logits(), inputs.bias)
     drawn = draw.read(at_one, tempered, torch.multinomial(tempered.exp(), 1)[:, 0])
     assert draw.error(case, inputs, drawn, truth) < 1e-5
     greedy = draw.read(at_one, tempered, tempered.argmax(-1))

@@ -34,7 +34,7 @@ from fuzz_tree_cases import (
 from hypothesis import strategies as st
 
 from fastgfn import functional
-from fastgfn.ops import attention, linear, linear_log_probs, log_probs_from_logits, scan, subtb, tree
+from fastgfn.ops import attention, head_tiles, linear, log_probs_from_logits, scan, subtb, tree
 from fastgfn.ops import sample_next as draws
 from fastgfn.ops.decode import decode_update_
 from fastgfn.ops.silu_mul import silu_mul
@@ -162,12 +162,12 @@ def test_subtb_loss(case):
 
 # The head.
 
-by_torch = patch.object(linear_log_probs, "uses_csrc", lambda hidden, weight: False)
+by_torch = patch.object(head_tiles, "uses_csrc", lambda hidden, weight: False)
 
 
 @fuzz(EXAMPLES, case=head_cases(), tile=st.sampled_from([512, 1, 3]))
 def test_linear_log_probs_torch(case, tile):
-    with by_torch, patch.object(linear_log_probs, "VOCAB_TILE", tile):
+    with by_torch, patch.object(head_tiles, "VOCAB_TILE", tile):
         assert_equals_reference(fields(functional.linear_log_probs), head_truth.linear_log_probs, *case)
 
 
@@ -177,15 +177,15 @@ EVEN = head_cases((torch.bfloat16,), (1, 2, 7, 33, 600), (2, 4, 6, 34), ("plain"
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="served by torch here")
 @fuzz(EXAMPLES, case=EVEN)
 def test_linear_log_probs_csrc(case):
-    calls, by_csrc = [], linear_log_probs.rest_by_csrc
-    with patch.object(linear_log_probs, "rest_by_csrc", lambda *args: calls.append(1) or by_csrc(*args)):
+    calls, by_csrc = [], head_tiles.rest_by_csrc
+    with patch.object(head_tiles, "rest_by_csrc", lambda *args: calls.append(1) or by_csrc(*args)):
         assert_equals_reference(fields(functional.linear_log_probs), head_truth.linear_log_probs, *case)
     assert len(calls) == (case[0]["hidden"].numel() > 0)
 
 
 @fuzz(EXAMPLES, case=head_cases(streams=2), tile=st.sampled_from([512, 1, 3]))
 def test_policy_reward_log_probs(case, tile):
-    with patch.object(linear_log_probs, "VOCAB_TILE", tile):
+    with patch.object(head_tiles, "VOCAB_TILE", tile):
         function = fields(functional.policy_reward_log_probs)
         assert_equals_reference(function, head_truth.policy_reward_log_probs, *case)
 

@@ -14,7 +14,15 @@ import subprocess
 import sys
 import tempfile
 
-from fastgfn.kernels import head, head_fused, head_sample_next, log_probs, sample_next, tree_attention
+from fastgfn.kernels import (
+    head,
+    head_backward,
+    head_fused,
+    head_sample_next,
+    log_probs,
+    sample_next,
+    tree_attention,
+)
 
 CAPABILITIES = (80, 90, 100)
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -142,6 +150,15 @@ KERNELS = {
         ROW_PASS,
         row_pass_variants({"NUM_TILES": 13, "BLOCK": head.ROW_TILE[0], "BLOCK_E": 16}),
         head.ROW_TILE[1],
+    ),
+    "head_backward._frozen_head_bwd_kernel": (
+        HEAD | INDICES | {"grad_hidden_ptr": "*bf16", "factor": "fp32"},
+        tuple(
+            {"WIDTH": width, "BLOCK_E": head_backward.TILE[0], "BLOCK_D": head_backward.TILE[1]}
+            | {"ALIGNED": "all", "stride_weight_d": 1}
+            for width in (2048, 1602)
+        ),
+        head_backward.TILE[2],
     ),
     "head_fused._fused_parts_fwd_kernel": (
         HEAD,

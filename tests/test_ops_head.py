@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from fastgfn import checks
 from fastgfn.functional.log_probs import linear_log_probs as public
 from fastgfn.kernels import head as kernels
 from fastgfn.kernels import head_fused
-from fastgfn.ops import head
+from fastgfn.ops import head, head_entries
 from fastgfn.ops import linear_log_probs as op
 from fastgfn.reference import linear_log_probs as plain
 from fastgfn.testing import assert_close_to_truth, relative_error
@@ -231,7 +232,7 @@ def confident_gradient(inputs, read, dtype, provider):
     upstream = torch.zeros_like(log_p)
     upstream[int(read == "stop")] = 1.0
     return torch.ops.fastgfn.linear_log_probs_frozen_backward(
-        upstream, torch.zeros_like(lse), weight.float(), rows, columns, log_p, slope, row_grad, 1.0
+        upstream, torch.zeros_like(lse), weight.float(), rows, columns, log_p, slope, row_grad, 1.0, provider
     ).cpu()
 
 
@@ -291,7 +292,7 @@ def test_opcheck(provider, masks):
     hidden = torch.randn(3, 4, device=DEVICE, requires_grad=True)
     weight, bias = torch.randn(20, 4, device=DEVICE), torch.randn(20, device=DEVICE)
     mask = None if masks is None else torch.randn(masks, device=DEVICE)
-    rows, columns = torch.tensor([0, 2, 1], device=DEVICE), torch.tensor([4, 4, 9], device=DEVICE)
+    rows, columns = torch.tensor([0, 1, 2], device=DEVICE), torch.tensor([4, 4, 9], device=DEVICE)
     args = (hidden, weight, bias, mask, rows, columns, 1.0, 5.0, 1.3, provider != "fused", provider)
     args = (*args, None if masks != (2, 20) else 2)
     if provider == "fused":
@@ -305,18 +306,71 @@ def test_an_entry_out_of_range_is_nan_and_touches_no_other(provider):
     inputs = make_inputs(3, 37, 5, 6)
     call = {n: inputs[n].float().to(DEVICE) for n in ("hidden", "weight")}
     rows, columns = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([4, 18, 9, 18, 18, 30])
-    wrong_rows = torch.cat([torch.tensor([-1]), rows, torch.tensor([0, 0, 3])]).to(DEVICE)
-    wrong_columns = torch.cat([torch.tensor([1]), columns, torch.tensor([-2, 37 + 5, 1])]).to(DEVICE)
+    wrong_rows = torch.tensor([-1, 0, 0, 0, 0, 1, 1, 2, 2, 3])
+    wrong_columns = torch.tensor([1, -2, 37 + 5, 4, 18, 9, 18, 18, 30, 1])
+    good = slice(3, 9)
 
     def forward(rows, columns):
         args = (None, None, rows.to(DEVICE), columns.to(DEVICE), 1.0, None, 1.0, provider != "fused")
         return torch.ops.fastgfn.linear_log_probs(*call.values(), *args, provider)
 
     log_p, lse, slope, parts, row_grad = forward(wrong_rows, wrong_columns)
-    assert log_p.isnan().tolist() == [True] + [False] * 6 + [True] * 3
+    assert log_p.isnan().tolist() == [True] * 3 + [False] * 6 + [True]
     want = forward(rows, columns)
-    for have, true in zip((log_p[1:7], lse, slope[1:7], parts, row_grad), want, strict=True):
+    for have, true in zip((log_p[good], lse, slope[good], parts, row_grad), want, strict=True):
         assert torch.equal(have, true)
+    if provider == "fused":
+        return
+    upstream = torch.randn(10, device=DEVICE).masked_fill(log_p.isnan(), 0.0)
+    rest = (call["weight"], *(x.to(DEVICE) for x in (wrong_rows, wrong_columns)), log_p, slope, row_grad)
+    backward = torch.ops.fastgfn.linear_log_probs_frozen_backward
+    have = backward(upstream, torch.ones_like(lse), *rest, 1.0, provider)
+    rest = (call["weight"], *(x.to(DEVICE) for x in (rows, columns)), log_p[good], slope[good], row_grad)
+    assert torch.equal(have, backward(upstream[good], torch.ones_like(lse), *rest, 1.0, provider))
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_call_on_cuda_needs_no_value_of_a_tensor(monkeypatch, trainable):
+    """Fake tensors have none: whatever would wait for the GPU raises."""
+    monkeypatch.setattr(op.head, "triton_runs_on", lambda device: True)
+    with FakeTensorMode():
+        hidden = torch.empty(6, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.empty(40, 8, device="cuda", dtype=torch.bfloat16, requires_grad=trainable)
+        targets, rows = (torch.empty(9, device="cuda", dtype=torch.int64) for _ in range(2))
+        log_pf, log_pterm, lse = with_provider(None)(
+            hidden, weight, targets, rows=rows, termination_token_id=3
+        )
+        (log_pf.sum() + log_pterm.sum() + lse.sum()).backward()
+        assert hidden.grad.shape == (6, 8) and (weight.grad is not None) == trainable
+        with pytest.raises(DynamicOutputShapeException):
+            targets.unique()
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 3])
+def test_entries(num_rows):
+    """by_row and by_column list the same distinct pairs and say where each pair is."""
+    for num_pairs in (0, 1, 2, 30) if num_rows else (0,):
+        rows, columns = torch.randint(max(num_rows, 1), (num_pairs,)), torch.randint(4, (num_pairs,))
+        pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
+        by_column = head_entries.by_column(rows, columns, num_rows)
+        by_row = head_entries.by_row(rows, columns, num_rows, 4)
+        for entry_rows, entry_columns, slot in (by_column, by_row):
+            assert list(zip(entry_rows[slot].tolist(), entry_columns[slot].tolist(), strict=True)) == pairs
+        distinct = sorted(set(pairs))
+        num_spare = num_pairs - len(distinct)
+        assert (
+            list(zip(*(x.tolist() for x in by_row[:2]), strict=True))
+            == distinct + [(num_rows, 0)] * num_spare
+        )
+        assert sorted(zip(*(x.tolist() for x in by_column[:2]), strict=True)) == distinct
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_trainable_head_by_spans(monkeypatch, dtype):
+    """Spans of 3 columns, entries that repeat and a bias and mask for each stream."""
+    monkeypatch.setattr(head, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(head, "CHUNK_BYTES", 3 * 5 * 4)
+    compare(make_inputs(5, 37, 6, 40, bias=True, mask=-3.0) | EVERYTHING, dtype, "row_pass", trainable=True)
 
 
 def test_the_table():

@@ -12,7 +12,7 @@ from torch.utils import cpp_extension
 
 from fastgfn import checks
 from fastgfn.functional.log_probs import linear_log_probs
-from fastgfn.ops import linear_log_probs as op
+from fastgfn.ops import head_tiles
 from fastgfn.reference import linear_log_probs as plain
 from fastgfn.testing import assert_close_to_truth, relative_error
 
@@ -21,7 +21,7 @@ from fastgfn.testing import assert_close_to_truth, relative_error
 def provider(request, monkeypatch):
     """Every test holds for the C++ pass, where it applies (even D, AVX512_BF16), and for the torch tiles."""
     if request.param == "torch":
-        monkeypatch.setattr(op, "uses_csrc", lambda hidden, weight: False)
+        monkeypatch.setattr(head_tiles, "uses_csrc", lambda hidden, weight: False)
     return request.param
 
 
@@ -117,7 +117,7 @@ def test_values_and_gradients(case, dtype, trainable):
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("tile", [1, 3, 512])
 def test_tile_boundaries(monkeypatch, tile, trainable):
-    monkeypatch.setattr(op, "VOCAB_TILE", tile)
+    monkeypatch.setattr(head_tiles, "VOCAB_TILE", tile)
     compare(make_inputs(5, 34, 6, 12, bias=True, mask=-3.0) | EVERYTHING, torch.float64, trainable)
     compare(make_inputs(5, 34, 6, 12, bias=True, mask=-99.0), torch.float32, trainable)
 
@@ -166,7 +166,7 @@ def test_confident_gradient_is_relatively_accurate(p, read, dtype):
     upstream = (columns == column).float()
     # before its last rounding, which is to the weight's dtype
     grad = torch.ops.fastgfn.linear_log_probs_frozen_backward(
-        upstream, torch.zeros_like(lse), w.float(), rows, columns, log_p, slope, row_grad, 1.0
+        upstream, torch.zeros_like(lse), w.float(), rows, columns, log_p, slope, row_grad, 1.0, "tiles"
     )
     assert relative_error(grad, truth) <= (1e-3 if dtype != torch.float32 else 2e-5)
     leaf = x.clone().requires_grad_()

@@ -6,7 +6,7 @@ import torch
 
 from fastgfn import checks
 from fastgfn.functional import linear_log_probs, policy_reward_log_probs
-from fastgfn.ops import head
+from fastgfn.ops import head, head_tiles
 from fastgfn.ops import linear_log_probs as op
 from fastgfn.reference import linear_log_probs as plain
 from fastgfn.testing import assert_close_to_truth
@@ -181,15 +181,17 @@ def test_a_tile_of_the_weight_is_read_once_and_only_policy_rows_form_a_gradient(
         shapes.append((tuple(x.shape), tuple(weight.shape)))
         return x @ weight.T
 
-    monkeypatch.setattr(op, "product", product)
+    monkeypatch.setattr(head_tiles, "product", product)
     run(stacked, cast(make_inputs(4, 6, 1000, 5, (6, 7)), torch.float32))
     both, policy = [((10, 5), (512, 5)), ((10, 5), (488, 5))], [((4, 512), (5, 512)), ((4, 488), (5, 488))]
     assert shapes == [both[0], policy[0], both[1], policy[1]]
 
 
-@pytest.mark.skipif(not op.uses_csrc(*[torch.zeros(2, 2).bfloat16()] * 2), reason="no bfloat16 block product")
+@pytest.mark.skipif(
+    not head_tiles.uses_csrc(*[torch.zeros(2, 2).bfloat16()] * 2), reason="no bfloat16 block product"
+)
 def test_bfloat16_takes_the_csrc_pass(monkeypatch):
-    monkeypatch.setattr(op, "_rest_by_tiles", None)
+    monkeypatch.setattr(head_tiles, "rest_by_tiles", None)
     inputs = cast(make_inputs(4, 6, 600, 8, (6, 7)), torch.bfloat16)
     outs, grads = run(stacked, inputs)
     want, want_grads = run(two_calls, inputs)

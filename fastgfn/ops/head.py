@@ -67,7 +67,7 @@ def forward(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     logit_bias: Tensor | None,  # (V,) or (2, V)
-    rows: Tensor,  # (E,)
+    rows: Tensor,  # (E,) ascending
     columns: Tensor,  # (E,)
     scales: tuple[float, float | None, float],
     save_row_grad: bool,
@@ -87,9 +87,7 @@ def forward(
             num_programs = torch.cuda.get_device_properties(hidden.device).multi_processor_count
         lse_parts = head_fused.fused_parts(hidden, weight, bias, masks, num_policy, scales, num_programs)
     else:
-        order = rows.argsort(stable=True)
-        starts = torch.searchsorted(rows[order], torch.arange(hidden.shape[0] + 1, device=rows.device))
-        entries = (starts, columns[order], logits[order])
+        entries = (_starts(rows, hidden.shape[0]), columns, logits)
         dtype = hidden.dtype if provider == "row_pass_narrow" else torch.float32
         if save_row_grad:
             row_grad = logits.new_empty(num_policy, hidden.shape[1])
@@ -101,6 +99,29 @@ def forward(
         # The two float32 sums of one logit differ in their order, which could leave log p at 1e-6 above 0.
         log_p.clamp_(max=0.0)
     return log_p, lse_parts.sum(0), slope, lse_parts, row_grad
+
+
+def frozen_backward(
+    grad_log_p: Tensor,  # (E,)
+    grad_lse: Tensor,  # (R,)
+    weight: Tensor,
+    rows: Tensor,  # (E,) ascending
+    columns: Tensor,
+    log_p: Tensor,
+    slope: Tensor,
+    row_grad: Tensor,  # (R or num_policy, D)
+    factor: float,
+) -> Tensor:
+    """d hidden (R, D); entries out of range and rows that o lacks add nothing."""
+    from fastgfn.kernels.head_backward import frozen_head_backward
+
+    starts = _starts(rows, grad_lse.shape[0])
+    upstream = (grad_log_p.contiguous(), grad_lse.contiguous())
+    return frozen_head_backward(*upstream, weight, starts, columns, log_p, slope, row_grad, factor)
+
+
+def _starts(rows: Tensor, num_rows: int) -> Tensor:
+    return torch.searchsorted(rows, torch.arange(num_rows + 1, device=rows.device))
 
 
 def _row_pass(
@@ -127,7 +148,7 @@ def _row_pass(
     p_scale = FLOAT16_SCALE if hidden.dtype == torch.float16 else 1.0
     for first in range(0, num_rows, step):
         count = min(step, num_rows - first)
-        _mm(hidden[first : first + count], weight.T, logits[:count, :vocab])
+        mm(hidden[first : first + count], weight.T, logits[:count, :vocab])
         head.row_pass(
             logits[:count],
             p[:count],
@@ -144,7 +165,7 @@ def _row_pass(
         )
         graded = min(count, num_grad_rows - first)
         if graded > 0:
-            _mm(p[:graded, :vocab], weight, row_grad[first : first + graded])
+            mm(p[:graded, :vocab], weight, row_grad[first : first + graded])
     if p_scale != 1.0:
         row_grad.div_(p_scale)
     return lse_parts
@@ -159,7 +180,7 @@ def chunk_rows(num_rows: int, row_bytes: int) -> int:
     return max(1, min(most, num_rows, -(-step // ROW_MULTIPLE) * ROW_MULTIPLE))
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a b, summed in float32; out has the dtype of a and b, or is float32."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)

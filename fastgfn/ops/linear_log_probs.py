@@ -1,23 +1,16 @@
 """Log-probabilities of the head without the (R, V) logits: the dispatcher op `fastgfn::linear_log_probs` and
-its two backward ops. Equations: `reference/linear_log_probs.py`. Providers: `ops/head.py`; the one below, in
-torch, is "tiles", the only one on the CPU.
+its two backward ops. Equations: `reference/linear_log_probs.py`. Providers: `ops/head_tiles.py`, in torch,
+and those of `ops/head.py`, in Triton.
 
-The vocabulary is cut into tiles and is the outer loop: the weight is read once per pass, a tile of logits
-stays in cache, and the weight gradient of a tile is written once. The columns to read are a sorted list of
-distinct (column, row) entries, so those of a tile are one range and every gradient sum has a fixed order.
-On CPU the bfloat16 forward is one C++ pass where that runs (`ops/head_csrc.py`); elsewhere, torch in float32.
+What is read is a list of distinct (row, column) entries (`ops/head_entries.py`), so that several targets
+share a row, the weight is read once per pass and every gradient sum has a fixed order.
 """
 
 import torch
 from torch import Tensor
 
 import fastgfn._C  # noqa: F401
-from fastgfn.ops import head
-from fastgfn.ops.head_csrc import rest_by_csrc, uses_csrc
-from fastgfn.ops.linear import product
-
-# Logits of one tile are (R, VOCAB_TILE); wider tiles leave the cache and were slower at every R.
-VOCAB_TILE = 512
+from fastgfn.ops import head, head_entries, head_tiles, head_trainable
 
 
 def linear_log_probs(
@@ -41,17 +34,15 @@ def linear_log_probs(
     provider: one of `head.PROVIDERS`; None follows the table there.
     num_policy: rows from there on take the second logit_bias and get no gradient (their outputs must not be
         used for one); None: all rows are alike.
-
-    The distinct entries are counted on the host (one synchronisation on CUDA).
     """
     num_rows, num_targets = hidden.shape[0], targets.shape[0]
     ignored = targets == ignore_index
     # An ignored target reads column 0: it gets no gradient, and S may hold a column too many.
-    keys = targets.masked_fill(ignored, 0).long() * num_rows + rows
+    rows, columns = rows.long(), targets.masked_fill(ignored, 0).long()
     if termination_token_id is not None:
-        row_ids = torch.arange(num_rows, device=keys.device)
-        keys = torch.cat([keys, termination_token_id * num_rows + row_ids])
-    entries, slot = keys.unique(return_inverse=True)
+        every_row = torch.arange(num_rows, device=rows.device)
+        rows = torch.cat([rows, every_row])
+        columns = torch.cat([columns, torch.full_like(every_row, termination_token_id)])
     is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or not is_frozen)
     provider = head.choose_provider(
@@ -61,13 +52,17 @@ def linear_log_probs(
         wants_grad=wants_grad,
         saves_grad=wants_grad and is_frozen,
     )
+    if provider == "tiles":
+        rows, columns, slot = head_entries.by_column(rows, columns, num_rows)
+    else:
+        rows, columns, slot = head_entries.by_row(rows, columns, num_rows, weight.shape[0])
     log_p, lse, *_ = torch.ops.fastgfn.linear_log_probs(
         hidden,
         weight,
         bias,
         logit_bias,
-        entries % max(num_rows, 1),
-        entries // max(num_rows, 1),
+        rows,
+        columns,
         logit_scale,
         final_logit_softcap,
         temperature,
@@ -75,7 +70,8 @@ def linear_log_probs(
         provider,
         num_policy,
     )
-    log_p = log_p.index_select(0, slot)
+    # Indexing, not index_select: on CUDA its gradient is a sum in a fixed order.
+    log_p = log_p[slot]
     log_pf = log_p[:num_targets].masked_fill(ignored, 0.0)
     return log_pf, None if termination_token_id is None else log_p[num_targets:], lse
 
@@ -120,7 +116,7 @@ def _linear_log_probs(
     bias: Tensor | None,
     logit_bias: Tensor | None,  # (V,) or (2, V)
     rows: Tensor,  # (E,) int64
-    columns: Tensor,  # (E,) int64; (column, row) sorted and distinct
+    columns: Tensor,  # (E,) int64; distinct, sorted by (column, row) for "tiles", by row for others
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -134,61 +130,10 @@ def _linear_log_probs(
     """
     scales = (logit_scale, softcap, temperature)
     graded = hidden.shape[0] if num_policy is None else num_policy
-    if provider != "tiles":
-        return head.forward(
-            provider, hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded
-        )
-    rest = rest_by_csrc if uses_csrc(hidden, weight) else _rest_by_tiles
-    return _with_entries(
-        rows, *rest(hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded)
-    )
-
-
-def _rest_by_tiles(
-    hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Entries' logits and softcap' (E,); of all other columns, the maximum m (R,), the sum of exp(z - m) (R,)
-    and, per graded row, the sum of exp(z - m) softcap' W (graded, D) or (0,)."""
-    x = _scaled_hidden(hidden, *scales)
-    # Finite, so that a tile of -inf logits adds exp(-inf - peak) = 0 instead of exp(nan).
-    peak = x.new_full((x.shape[0], 1), torch.finfo(x.dtype).min)
-    total = x.new_zeros((x.shape[0], 1), dtype=torch.float64)
-    row_grad = x.new_zeros((graded, x.shape[1]) if save_row_grad else (0,))
-    logits, slope = x.new_empty(rows.shape), x.new_ones(rows.shape)
-    for span, own in _tiles(columns, weight.shape[0]):
-        w = weight[span].to(x.dtype)
-        z, s = _tile_logits(x, w, bias, logit_bias, span, *scales, graded)
-        at = (rows[own], columns[own] - span.start)
-        logits[own] = z[at]
-        if s is not None:
-            slope[own] = s[at]
-        z[at] = -torch.inf
-        old, peak = peak, torch.maximum(peak, z.amax(1, keepdim=True))
-        shrink = (old - peak).exp_()
-        z.sub_(peak).exp_()
-        total.mul_(shrink).add_(z.sum(1, keepdim=True))
-        if save_row_grad:
-            if s is not None:
-                z.mul_(s)
-            row_grad.mul_(shrink[:graded]).add_(product(z[:graded], w.T))
-    return logits, slope, peak[:, 0], total[:, 0], row_grad
-
-
-def _with_entries(
-    rows: Tensor, logits: Tensor, slope: Tensor, rest_peak: Tensor, rest_total: Tensor, row_grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op's outputs. Entries at the maximum are counted apart: 1 - p of one is the sum of the others."""
-    peak = rest_peak.scatter_reduce(0, rows, logits, "amax")
-    shift, z = rest_peak - peak, logits - peak[rows]
-    is_peak = logits == peak[rows]
-    others = rest_total * shift.double().exp()
-    others.index_add_(0, rows, z.double().exp().masked_fill_(is_peak, 0.0))
-    ones = torch.zeros_like(others).index_add_(0, rows, is_peak.double())
-    log_total = torch.where(ones > 0, (others + (ones - 1.0)).log1p(), others.log()).to(peak.dtype)
-    if row_grad.dim() == 2:
-        row_grad.mul_((shift - log_total).exp()[: row_grad.shape[0], None])
-    lse_parts = torch.stack([peak, log_total])
-    return z - log_total[rows], lse_parts.sum(0), slope, lse_parts, row_grad
+    options = (rows, columns, scales, save_row_grad, graded)
+    if provider == "tiles":
+        return head_tiles.forward(hidden, weight, bias, logit_bias, *options)
+    return head.forward(provider, hidden, weight, bias, logit_bias, *options)
 
 
 @torch.library.custom_op("fastgfn::linear_log_probs_frozen_backward", mutates_args=())
@@ -202,18 +147,14 @@ def _frozen_backward(
     slope: Tensor,
     row_grad: Tensor,
     factor: float,
+    provider: str,
 ) -> Tensor:
     """d hidden (R, D) in the dtype of `weight`, from the saved o: no product over the vocabulary.
 
     Rows that o lacks have no upstream gradient.
     """
-    rest, at_entries = _logit_grads(grad_log_p, grad_lse, rows, log_p, slope)
-    graded, num_rows = row_grad.shape[0], rest.shape[0]
-    grad = row_grad * rest[:graded, None]
-    if graded < num_rows:
-        grad = torch.nn.functional.pad(grad, (0, 0, 0, num_rows - graded))
-    grad.index_add_(0, rows, at_entries[:, None] * weight[columns].to(grad.dtype))
-    return grad.mul_(factor).to(weight.dtype)
+    run = head_tiles.frozen_backward if provider == "tiles" else head.frozen_backward
+    return run(grad_log_p, grad_lse, weight, rows, columns, log_p, slope, row_grad, factor)
 
 
 @torch.library.custom_op("fastgfn::linear_log_probs_backward", mutates_args=())
@@ -234,85 +175,15 @@ def _backward(
     temperature: float,
     num_policy: int | None,
     needs: list[bool],  # d hidden, d weight, d bias
+    provider: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d hidden (R, D), d weight (V, D), d bias (V,), each (0,) if not needed; the logits are recomputed."""
-    x = _scaled_hidden(hidden, logit_scale, softcap, temperature)
-    rest, at_entries = _logit_grads(grad_log_p, grad_lse, rows, log_p, slope)
-    factor = logit_scale / temperature
-    peak, log_total = lse_parts[:, :, None]
-    need_hidden, need_weight, need_bias = needs
-    graded = x.shape[0] if num_policy is None else num_policy
-    grad_hidden = x.new_zeros(hidden.shape if need_hidden else (0,))
-    grad_weight = weight.new_empty(weight.shape if need_weight else (0,))
-    grad_bias = weight.new_empty(weight.shape[:1] if need_bias else (0,))
-    for span, own in _tiles(columns, weight.shape[0]):
-        w = weight[span]
-        z, s = _tile_logits(x, w, bias, logit_bias, span, logit_scale, softcap, temperature, graded)
-        z.sub_(peak).sub_(log_total).exp_().mul_(rest[:, None])
-        if s is not None:
-            z.mul_(s)
-        z[rows[own], columns[own] - span.start] = at_entries[own]
-        z.mul_(factor)
-        if need_hidden:
-            grad_hidden.add_(product(z.to(w.dtype), w.T))
-        if need_weight:
-            grad_weight[span] = product(z.to(w.dtype).T, hidden.T)
-        if need_bias:
-            grad_bias[span] = z.sum(0)
-    return grad_hidden.to(hidden.dtype), grad_weight, grad_bias
-
-
-def _scaled_hidden(hidden: Tensor, logit_scale: float, softcap: float | None, temperature: float) -> Tensor:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return hidden.to(dtype) * (logit_scale / (temperature if softcap is None else softcap))
-
-
-def _tiles(columns: Tensor, vocab: int) -> list[tuple[slice, slice]]:
-    """Column range and entry range of every tile."""
-    starts = list(range(0, vocab, VOCAB_TILE)) + [vocab]
-    cuts = torch.searchsorted(columns, torch.tensor(starts, device=columns.device)).tolist()
-    return [
-        (slice(a, b), slice(i, j))
-        for a, b, i, j in zip(starts[:-1], starts[1:], cuts[:-1], cuts[1:], strict=True)
-    ]
-
-
-def _tile_logits(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    logit_bias: Tensor | None,
-    span: slice,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    num_policy: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Logits of a tile and, with a softcap, its derivative; x is already scaled by `_scaled_hidden`."""
-    z = product(x, weight.to(x.dtype))
-    slope = None
-    if bias is not None:
-        z.add_(bias[span].to(x.dtype), alpha=logit_scale / (temperature if softcap is None else softcap))
-    if softcap is not None:
-        z.tanh_()
-        slope = 1.0 - z * z
-        z.mul_(softcap / temperature)
-    if logit_bias is not None and logit_bias.dim() == 1:
-        z.add_(logit_bias[span].to(x.dtype), alpha=1.0 / temperature)
-    elif logit_bias is not None:
-        for part, mask in zip((z[:num_policy], z[num_policy:]), logit_bias[:, span], strict=True):
-            part.add_(mask.to(x.dtype), alpha=1.0 / temperature)
-    return z, slope
-
-
-def _logit_grads(
-    grad_log_p: Tensor, grad_lse: Tensor, rows: Tensor, log_p: Tensor, slope: Tensor
-) -> tuple[Tensor, Tensor]:
-    """-(G - l) of every row, and temperature * dL/dx of every entry."""
-    total = torch.zeros_like(grad_lse).index_add_(0, rows, grad_log_p)
-    others = total[rows] - grad_log_p - grad_lse[rows]
-    at_entries = (grad_log_p * -torch.expm1(log_p) - log_p.exp() * others) * slope
-    return grad_lse - total, at_entries
+    run = head_tiles.backward if provider == "tiles" else head_trainable.backward
+    graded = hidden.shape[0] if num_policy is None else num_policy
+    return run(
+        grad_log_p, grad_lse, hidden, weight, bias, logit_bias, rows, columns, log_p, slope, lse_parts,
+        (logit_scale, softcap, temperature), graded, needs,
+    )  # fmt: skip
 
 
 @_linear_log_probs.register_fake
@@ -328,21 +199,22 @@ def _(
 
 
 @_frozen_backward.register_fake
-def _(grad_log_p, grad_lse, weight, rows, columns, log_p, slope, row_grad, factor):
+def _(grad_log_p, grad_lse, weight, rows, columns, log_p, slope, row_grad, factor, provider):
     return weight.new_empty(grad_lse.shape[0], weight.shape[1])
 
 
 @_backward.register_fake
 def _(
     grad_log_p, grad_lse, hidden, weight, bias, logit_bias, rows, columns, log_p, slope,
-    lse_parts, logit_scale, softcap, temperature, num_policy, needs,
+    lse_parts, logit_scale, softcap, temperature, num_policy, needs, provider,
 ):  # fmt: skip
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(weight.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
 def _save(ctx, inputs, output):
-    hidden, weight, bias, logit_bias, rows, columns, *ctx.scales, ctx.has_row_grad, _, ctx.num_policy = inputs
+    hidden, weight, bias, logit_bias, rows, columns, *ctx.scales, ctx.has_row_grad = inputs[:10]
+    ctx.provider, ctx.num_policy = inputs[10:]
     log_p, _, slope, lse_parts, row_grad = output
     ctx.mark_non_differentiable(slope, lse_parts, row_grad)
     if ctx.has_row_grad:
@@ -355,12 +227,12 @@ def _gradient(ctx, grad_log_p, grad_lse, *unused):
     if ctx.has_row_grad:
         factor = ctx.scales[0] / ctx.scales[2]
         grad = torch.ops.fastgfn.linear_log_probs_frozen_backward(
-            grad_log_p, grad_lse, *ctx.saved_tensors, factor
+            grad_log_p, grad_lse, *ctx.saved_tensors, factor, ctx.provider
         )
         return grad, *[None] * 11
     needs = list(ctx.needs_input_grad[:3])
     grads = torch.ops.fastgfn.linear_log_probs_backward(
-        grad_log_p, grad_lse, *ctx.saved_tensors, *ctx.scales, ctx.num_policy, needs
+        grad_log_p, grad_lse, *ctx.saved_tensors, *ctx.scales, ctx.num_policy, needs, ctx.provider
     )
     return *[g if need else None for g, need in zip(grads, needs, strict=True)], *[None] * 9
 
