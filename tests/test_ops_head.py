@@ -6,13 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from fastgfn import checks
 from fastgfn.functional.log_probs import linear_log_probs as public
 from fastgfn.kernels import head as kernels
 from fastgfn.kernels import head_fused
-from fastgfn.ops import head, head_entries
+from fastgfn.ops import head
 from fastgfn.ops import linear_log_probs as op
 from fastgfn.reference import linear_log_probs as plain
 from fastgfn.testing import assert_close_to_truth, relative_error
@@ -327,42 +326,6 @@ def test_an_entry_out_of_range_is_nan_and_touches_no_other(provider):
     have = backward(upstream, torch.ones_like(lse), *rest, 1.0, provider)
     rest = (call["weight"], *(x.to(DEVICE) for x in (rows, columns)), log_p[good], slope[good], row_grad)
     assert torch.equal(have, backward(upstream[good], torch.ones_like(lse), *rest, 1.0, provider))
-
-
-@pytest.mark.parametrize("trainable", [False, True])
-def test_a_call_on_cuda_needs_no_value_of_a_tensor(monkeypatch, trainable):
-    """Fake tensors have none: whatever would wait for the GPU raises."""
-    monkeypatch.setattr(op.head, "triton_runs_on", lambda device: True)
-    with FakeTensorMode():
-        hidden = torch.empty(6, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        weight = torch.empty(40, 8, device="cuda", dtype=torch.bfloat16, requires_grad=trainable)
-        targets, rows = (torch.empty(9, device="cuda", dtype=torch.int64) for _ in range(2))
-        log_pf, log_pterm, lse = with_provider(None)(
-            hidden, weight, targets, rows=rows, termination_token_id=3
-        )
-        (log_pf.sum() + log_pterm.sum() + lse.sum()).backward()
-        assert hidden.grad.shape == (6, 8) and (weight.grad is not None) == trainable
-        with pytest.raises(DynamicOutputShapeException):
-            targets.unique()
-
-
-@pytest.mark.parametrize("num_rows", [0, 1, 3])
-def test_entries(num_rows):
-    """by_row and by_column list the same distinct pairs and say where each pair is."""
-    for num_pairs in (0, 1, 2, 30) if num_rows else (0,):
-        rows, columns = torch.randint(max(num_rows, 1), (num_pairs,)), torch.randint(4, (num_pairs,))
-        pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
-        by_column = head_entries.by_column(rows, columns, num_rows)
-        by_row = head_entries.by_row(rows, columns, num_rows, 4)
-        for entry_rows, entry_columns, slot in (by_column, by_row):
-            assert list(zip(entry_rows[slot].tolist(), entry_columns[slot].tolist(), strict=True)) == pairs
-        distinct = sorted(set(pairs))
-        num_spare = num_pairs - len(distinct)
-        assert (
-            list(zip(*(x.tolist() for x in by_row[:2]), strict=True))
-            == distinct + [(num_rows, 0)] * num_spare
-        )
-        assert sorted(zip(*(x.tolist() for x in by_column[:2]), strict=True)) == distinct
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

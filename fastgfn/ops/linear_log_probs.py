@@ -43,14 +43,11 @@ def linear_log_probs(
         every_row = torch.arange(num_rows, device=rows.device)
         rows = torch.cat([rows, every_row])
         columns = torch.cat([columns, torch.full_like(every_row, termination_token_id)])
-    is_frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or not is_frozen)
+    wants_grad = _wants_grad(hidden, weight, bias)
+    save_row_grad = wants_grad and _is_frozen(weight, bias)
+    function = "linear_log_probs" if num_policy is None else "policy_reward_log_probs"
     provider = head.choose_provider(
-        "linear_log_probs" if num_policy is None else "policy_reward_log_probs",
-        provider,
-        hidden,
-        wants_grad=wants_grad,
-        saves_grad=wants_grad and is_frozen,
+        function, provider, hidden, wants_grad=wants_grad, saves_grad=save_row_grad
     )
     if provider == "tiles":
         rows, columns, slot = head_entries.by_column(rows, columns, num_rows)
@@ -66,7 +63,7 @@ def linear_log_probs(
         logit_scale,
         final_logit_softcap,
         temperature,
-        wants_grad and is_frozen,
+        save_row_grad,
         provider,
         num_policy,
     )
@@ -74,6 +71,14 @@ def linear_log_probs(
     log_p = log_p[slot]
     log_pf = log_p[:num_targets].masked_fill(ignored, 0.0)
     return log_pf, None if termination_token_id is None else log_p[num_targets:], lse
+
+
+def _is_frozen(weight: Tensor, bias: Tensor | None) -> bool:
+    return not (weight.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _wants_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (hidden.requires_grad or not _is_frozen(weight, bias))
 
 
 def policy_reward_log_probs(
