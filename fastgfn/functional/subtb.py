@@ -258,29 +258,34 @@ def _reduced(
         num, den = ops.subtb_padded(log_pf, log_flow, lengths, subtb_lambda)
     else:
         num, den = ops.subtb_pairwise(log_pf, log_flow, lengths, subtb_lambda, options.loss)
-    num, den = num.double(), den.double()
-    if options.loss == "half_squared":
-        num = 0.5 * num
-    counts = torch.ones_like(den) if options.counts is None else options.counts.double()
+    num = num.double()
     if options.weights is not None:
         num = num * options.weights.double()
-    # "sum" is terms.sum(), "mean" is terms.sum() / weight.sum().
-    if options.normalization == "batch":
-        terms, weight = num * counts, den * counts
-        rows = terms
-    elif options.normalization == "trajectory":
-        rows = num / _nonzero(den)
-        terms, weight = rows * counts, (den > 0) * counts
-    else:
-        pooled = _nonzero(_group_totals(den * counts, options.group_ids))
-        terms, weight = num * counts / pooled, den * counts / pooled
-        rows = terms
-    if options.reduction == "none":
-        value = rows
-    else:
-        value = terms.sum() if options.reduction == "sum" else terms.sum() / _nonzero(weight.sum())
+    factor, weight = _factors(den, options)
+    value = num * factor if options.reduction == "none" else num.dot(factor)
     value = value.to(log_pf.dtype)
     return (value, weight) if options.return_weight else value
+
+
+@torch.no_grad()
+def _factors(den: Tensor, options: _Reduction) -> tuple[Tensor, Tensor]:
+    """(N,) what every numerator is multiplied by, and the weight of its row; "mean" divides by their sum."""
+    den = den.double()
+    counts = 1.0 if options.counts is None else options.counts.double()
+    if options.normalization == "batch":
+        weight = den * counts
+        factor = torch.ones_like(den) * counts
+    elif options.normalization == "trajectory":
+        weight = (den > 0) * counts * torch.ones_like(den)
+        factor = 1.0 / _nonzero(den)
+        if options.reduction != "none":
+            factor = factor * counts
+    else:
+        factor = counts / _nonzero(_group_totals(den * counts, options.group_ids))
+        weight = den * factor
+    if options.loss == "half_squared":
+        factor = 0.5 * factor
+    return factor / _nonzero(weight.sum()) if options.reduction == "mean" else factor, weight
 
 
 def _nonzero(x: Tensor) -> Tensor:
