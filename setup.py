@@ -20,6 +20,7 @@ setup(
         "fastgfn.ops",
         "fastgfn.functional",
         "fastgfn.models",
+        "fastgfn.rollout",
         "fastgfn.tasks",
         "fastgfn.cli",
     ]

@@ -89,6 +89,27 @@ def step() -> str:
     return f"{table(header, body)}\n\n{'; '.join(stamps)}."
 
 
+def rollout() -> str:
+    rows = newest(read("rollout"), "dtype", "prompts", "n", "max_length", "provider")
+    rows.sort(key=lambda r: (r["dtype"], int(r["prompts"]) * int(r["n"]), r["provider"]))
+    header = ["dtype", "trajectories", "provider", "batch size", "tokens/s", "of generate", "mean length"]
+    header += ["lengths p10, p50, p90"]
+    body = []
+    for r in rows:
+        same = [o for o in rows if o["provider"] == "generate" and o["date"] == r["date"]]
+        same = [o for o in same if o["n"] == r["n"]]
+        ratio = f"{float(r['tokens_per_s']) / float(same[0]['tokens_per_s']):.2f}x" if same else ""
+        total = str(int(r["prompts"]) * int(r["n"]))
+        lengths = ", ".join(f"{float(r[f'length_{p}']):.0f}" for p in ("p10", "p50", "p90"))
+        speed = f"{float(r['tokens_per_s']):.0f}"
+        body.append(
+            [r["dtype"], total, r["provider"], r["batch_size"] or "all", speed, ratio, r["length_mean"]]
+        )
+        body[-1].append(lengths)
+    stamps = sorted({f"{r['device']}, {r['threads']} threads, commit {r['commit']}" for r in rows})
+    return f"{table(header, body)}\n\n{'; '.join(stamps)}." if rows else "not measured"
+
+
 def op(name: str) -> str:
     """A line per case of an op bench on a CPU and on a GPU; rivals as multiples of fastgfn's time."""
     bench = importlib.import_module(f"test_bench_{name}").BENCH
@@ -162,7 +183,7 @@ def reasons(lines: list[tuple[suite.Case, dict[str, dict]]]) -> list[str]:
 def main() -> None:
     path = harness.ROOT / "README.md"
     text = path.read_text()
-    makers = {"rng": rng, "step": step} | {name: partial(op, name) for name in OPS}
+    makers = {"rng": rng, "step": step, "rollout": rollout} | {name: partial(op, name) for name in OPS}
     for name, make in makers.items():
         block = f"<!-- begin {name} -->\n{make()}\n<!-- end {name} -->"
         pattern = rf"<!-- begin {name} -->.*?<!-- end {name} -->"

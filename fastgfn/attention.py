@@ -5,67 +5,60 @@ registered function serves the packed token tree (score, reward, prefill) and de
 keyword holds one of the two objects below.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
 from fastgfn import checks
-from fastgfn.ops.attention import TreeMask, decode_attention, tree_attention
+from fastgfn.ops.attention import TreeMask, tree_attention
+from fastgfn.ops.path_attention import path_attention
 
 NAME = "fastgfn"
 
 
+class KeyValues:
+    """Keys and values of `capacity` nodes, per layer two (capacity, Hkv, d), allocated at the first write."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write(self, layer: int, nodes: Tensor, *new: Tensor) -> None:
+        """Keys and values (Hkv, n, d) of `nodes` (n,)."""
+        if layer not in self.layers:
+            self.layers[layer] = tuple(x.new_empty(self.capacity, x.shape[0], x.shape[2]) for x in new)
+        for pool, x in zip(self.layers[layer], new, strict=True):
+            pool.index_copy_(0, nodes, x.transpose(0, 1))
+
+
 @dataclass(slots=True)
 class TreeAttention:
-    """One forward over a packed token tree; `keep_kv` records each layer's keys and values (prefill)."""
+    """One forward over a packed token tree; with `kv`, keys and values are kept there as those of `nodes`."""
 
     mask: TreeMask
-    keep_kv: bool = False
-    kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kv: KeyValues | None = None
+    nodes: Tensor | None = None  # (T,) int64
 
     def __call__(self, layer, query, key, value, **options):
-        if self.keep_kv:
-            self.kv[layer] = (key[0], value[0])
+        if self.kv is not None:
+            self.kv.write(layer, self.nodes, key[0], value[0])
         return tree_attention(query[0], key[0], value[0], self.mask, **options).transpose(0, 1)[None]
 
 
-class DecodeAttention:
-    """Keys and values of a running batch: the prompts' part shared, the samples' own part appended per step.
+@dataclass(slots=True)
+class PathAttention:
+    """One decoding step: row n is node nodes[n] of `kv` and sees the nodes path[n, :length[n]], it last."""
 
-    shared: per layer, the prefill's (Hkv, P_total, d) keys and values; spans[g] = (start, stop) of prompt g.
-    Rows of the running batch are ordered by group; `sizes[g]` of them belong to prompt g.
-    """
-
-    def __init__(self, shared: dict[int, tuple[Tensor, Tensor]], spans: list[tuple[int, int]]) -> None:
-        self.shared = shared
-        self.spans = spans
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}
-        self.sizes: list[int] = []
-
-    def select(self, rows: Tensor | None, sizes: list[int]) -> None:
-        """Continue with `rows` (indices into the current batch, or None for all) of `sizes` per group."""
-        self.sizes = sizes
-        if rows is not None:
-            self.own = {i: (k[rows], v[rows]) for i, (k, v) in self.own.items()}
+    kv: KeyValues
+    nodes: Tensor  # (n,) int64
+    path: Tensor  # (n, W) int32
+    length: Tensor  # (n,) int64
 
     def __call__(self, layer, query, key, value, **options):
-        query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-        key, value = key[:, :, None], value[:, :, None]
-        if layer in self.own:
-            old_key, old_value = self.own[layer]
-            key, value = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
-        self.own[layer] = (key, value)
-        shared_key, shared_value = self.shared[layer]
-        out, row = [], 0
-        for size, (start, stop) in zip(self.sizes, self.spans, strict=True):
-            if size:
-                rows = slice(row, row + size)
-                prompt_kv = (shared_key[:, start:stop], shared_value[:, start:stop])
-                out.append(decode_attention(query[rows], *prompt_kv, key[rows], value[rows], **options))
-                row += size
-        return (out[0] if len(out) == 1 else torch.cat(out))[None]
+        self.kv.write(layer, self.nodes, key[0], value[0])
+        pool = self.kv.layers[layer]
+        return path_attention(query[0].transpose(0, 1), *pool, self.path, self.length, **options)[None]
 
 
 def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -75,7 +68,7 @@ def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.
         checks.fail(
             "attention",
             "attention",
-            "a TreeAttention or DecodeAttention object",
+            "a TreeAttention or PathAttention object",
             None,
             "call the model through fastgfn.models.Policy, or load it with another attn_implementation",
         )

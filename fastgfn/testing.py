@@ -155,6 +155,25 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return error if scale == 0 else error / scale
 
 
+def assert_fits(counts: Tensor, p: Tensor, *, level: float = 1e-3) -> None:
+    """Chi-squared: counts (K,) of draws fit the probabilities p (K,); else, a case of `level` in all.
+
+    Outcomes expected fewer than 5 times are one; those of probability 0 must not occur. The quantile is
+    Wilson and Hilferty's (1931).
+    """
+    assert not bool(counts[p == 0].any()), "an outcome of probability 0 was drawn"
+    expected, observed = p.double() * counts.sum(), counts.double()
+    rare = expected < 5
+    observed, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (observed, expected))
+    observed, expected = (x[expected > 0] for x in (observed, expected))
+    freedom = len(expected) - 1
+    statistic = float(((observed - expected) ** 2 / expected).sum())
+    spread = 2 / (9 * freedom)
+    z = ((statistic / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5
+    most = float(torch.special.ndtri(torch.tensor(1 - level, dtype=torch.float64)))
+    assert z < most, f"chi-squared {statistic:.4g} with {freedom} degrees of freedom"
+
+
 def random_sequences(
     generator: torch.Generator, *, num_groups: int, per_group: int, max_length: int, vocab: int
 ) -> tuple[list[list[int]], list[list[int]], list[int]]:

@@ -83,6 +83,14 @@ class Rollouts:
     lengths: (N,) int64, number of tokens of Z.
     log_behavior: (N,) float32, log-density of the distribution that drew the sequence, the stop included.
     constraints: the sequence set they were drawn from.
+    log_pf: (N, L) float32, log q of every token at temperature 1 as the sampler saw it (weights merged, in
+        its precision), 0 past `lengths`; None for sequences that were not drawn. For diagnostics: what enters
+        a loss comes from `score`.
+    log_pterm: (N, L + 1) float32, likewise log q(stop) after 0, 1, ... tokens, up to `lengths`; nan past it,
+        and at L under "own" termination, where the sampler never looks.
+    terminated: (N,) bool, the sequence drew the termination token (False: max_length ended it), or None.
+    is_action: (N, L) bool, tokens that the policy chose; False on what a tool returned and past `lengths`.
+        None: every token is an action.
     """
 
     prompts: tuple[Tensor, ...]
@@ -91,6 +99,10 @@ class Rollouts:
     lengths: Tensor
     log_behavior: Tensor
     constraints: Constraints
+    log_pf: Tensor | None = None
+    log_pterm: Tensor | None = None
+    terminated: Tensor | None = None
+    is_action: Tensor | None = None
 
     @property
     def num_trajectories(self) -> int:
@@ -102,7 +114,13 @@ class Rollouts:
         return int(self.lengths.sum()) + self.num_trajectories
 
     def extended(self, other: "Rollouts") -> "Rollouts":
-        """These trajectories followed by those of `other`, which has the same prompts and constraints."""
+        """These trajectories followed by those of `other`, which has the same prompts and constraints.
+
+        log_pf, log_pterm and terminated are dropped: not every trajectory need have them.
+        """
+        is_action = None
+        if self.is_action is not None or other.is_action is not None:
+            is_action = torch.cat([self.action_mask(), other.action_mask()])
         return Rollouts(
             self.prompts,
             torch.cat([self.group, other.group]),
@@ -110,7 +128,14 @@ class Rollouts:
             torch.cat([self.lengths, other.lengths]),
             torch.cat([self.log_behavior, other.log_behavior]),
             self.constraints,
+            is_action=is_action,
         )
+
+    def action_mask(self) -> Tensor:
+        """`is_action`, or every token if that is None."""
+        if self.is_action is not None:
+            return self.is_action
+        return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
 
     def sequences(self) -> list[list[int]]:
         return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]

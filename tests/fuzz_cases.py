@@ -312,19 +312,22 @@ def gate_cases(draw):
 
 
 @st.composite
-def decode_attention_cases(draw):
-    """Every sample's keys and values among those of its prompt; read at the last node of each sample."""
+def path_attention_cases(draw, dtypes=ALL_DTYPES, widths=(1, 5, 16, 40)):
+    """Rows whose paths share nodes of a pool in any order; what a path holds past its length is no node."""
     source = Source(draw)
-    num_rows, prompt, own, width = source.size(0, 3), source.size(0, 4), source.size(1, 3), source.size(1, 5)
-    kv_heads, group = source.size(1, 2), source.size(1, 3)
+    num_rows, capacity, longest = source.size(0, 4), source.size(1, 12), source.size(1, 20)
+    width, kv_heads, group = source.pick(*widths), source.size(1, 2), source.size(1, 3)
+    length = source.integers(1, longest + 1, num_rows)
+    path = source.integers(0, capacity, num_rows, longest, dtype=torch.int32)
+    path[torch.arange(longest) >= length[:, None]] = 2**30
     inputs = {
         "query": source.normal(num_rows, kv_heads * group, width),
-        "shared_key": source.normal(kv_heads, prompt, width),
-        "shared_value": source.normal(kv_heads, prompt, width),
-        "own_key": source.normal(num_rows, kv_heads, own, width),
-        "own_value": source.normal(num_rows, kv_heads, own, width),
+        "keys": source.normal(capacity, kv_heads, width, layout="plain"),
+        "values": source.normal(capacity, kv_heads, width, layout="plain"),
+        "path": path,
+        "length": length,
         "scale": source.pick(width**-0.5, 1.0),
         "softcap": source.pick(None, 1.5),
         "window": source.maybe(1, 8),
     }
-    return inputs, (), source.pick(*ALL_DTYPES)
+    return inputs, (), source.pick(*dtypes)

@@ -14,14 +14,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from fastgfn.attention import DecodeAttention, TreeAttention
+from fastgfn.attention import KeyValues, PathAttention, TreeAttention
 from fastgfn.checks import InputError
 from fastgfn.functional.tree import build_tree
 from fastgfn.models import Policy
 from fastgfn.ops.attention import TreeMask, tree_attention
 from fastgfn.reference import attention as plain
 from fastgfn.testing import forest, random_sequences
-from fastgfn.types import Constraints
+from fastgfn.types import Constraints, Role
 
 SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 FAMILIES = {
@@ -102,23 +102,19 @@ def test_decoding_equals_the_tree_forward(family):
     prompts, sequences, groups, tree = _tree()
     policy = _policy(FAMILIES[family])
     hidden = policy.tree_hidden(tree.tokens, tree.position, tree.end)
-    flat = torch.tensor([t for p in prompts for t in p])
-    bounds = [0, len(prompts[0]), len(flat)]
-    position = torch.cat([torch.arange(len(p)) for p in prompts])
-    end = torch.tensor([bounds[1]] * bounds[1] + [bounds[2]] * (bounds[2] - bounds[1]), dtype=torch.int32)
-    prefill = TreeAttention(TreeMask(end, position), keep_kv=True)
-    policy.hidden(flat, position, prefill)
-    decode = DecodeAttention(prefill.kv, [(bounds[0], bounds[1]), (bounds[1], bounds[2])])
-    rows = [n for n, s in enumerate(sequences) if len(s) >= 1]
-    decode.select(None, [sum(groups[n] == g for n in rows) for g in range(2)])
-    for step in range(max(len(s) for s in sequences)):
-        keep = [i for i, n in enumerate(rows) if len(sequences[n]) > step]
-        rows = [rows[i] for i in keep]
-        decode.select(torch.tensor(keep), [sum(groups[n] == g for n in rows) for g in range(2)])
-        tokens = torch.tensor([sequences[n][step] for n in rows])
-        depth = torch.tensor([len(prompts[groups[n]]) + step for n in rows])
-        got = policy.hidden(tokens, depth, decode)
-        nodes = [_path(tree, int(tree.leaf[n]))[int(d)] for n, d in zip(rows, depth, strict=True)]
+    is_prompt = tree.role == Role.PROMPT
+    kv = KeyValues(tree.num_nodes)
+    nodes = is_prompt.nonzero()[:, 0]
+    ends = is_prompt.cumsum(0)
+    mask = TreeMask(ends[tree.end[nodes].long() - 1].int(), tree.position[nodes])
+    policy.hidden(tree.tokens[nodes], tree.position[nodes], TreeAttention(mask, kv, nodes))
+    for depth in range(int(tree.position.max()) + 1):
+        nodes = ((tree.position == depth) & ~is_prompt).nonzero()[:, 0]
+        if not len(nodes):
+            continue
+        path = torch.tensor([_path(tree, int(n)) for n in nodes], dtype=torch.int32)
+        attention = PathAttention(kv, nodes, path, torch.full((len(nodes),), depth + 1))
+        got = policy.hidden(tree.tokens[nodes], tree.position[nodes], attention)
         torch.testing.assert_close(got, hidden[nodes], rtol=0, atol=1e-9)
 
 

@@ -13,12 +13,14 @@ from fuzz_cases import (
     head_logits,
     logits_cases,
     logits_draws,
+    path_attention_cases,
 )
 from hypothesis import strategies as st
 
 from fastgfn import functional
 from fastgfn.kernels import log_probs, sample_next
 from fastgfn.ops import attention, head
+from fastgfn.ops.path_attention import path_attention_triton
 from fastgfn.ops.sample_next import gumbel_draw_triton, head_gumbel_draw_triton
 from fastgfn.reference import attention as attention_truth
 from fastgfn.reference import linear_log_probs as head_truth
@@ -65,6 +67,14 @@ def test_tree_attention(case):
         return attention_truth.tree_attention(**inputs, end=end, position=position)
 
     assert_equals_reference(op, truth, *case[1])
+
+
+@fuzz(EXAMPLES, case=path_attention_cases(DTYPES))
+def test_path_attention(case):
+    def op(*, scale, softcap, window, **tensors):
+        return path_attention_triton(**tensors, scale=scale, softcap=softcap or 0.0, window=window or 0)
+
+    assert_equals_reference(op, attention_truth.path_attention, *case)
 
 
 def check_head(case, provider, streams):

@@ -8,7 +8,6 @@ import torch
 from fuzz_cases import (
     Source,
     attention_cases,
-    decode_attention_cases,
     fields,
     fuzz,
     gate_cases,
@@ -18,6 +17,7 @@ from fuzz_cases import (
     linear_cases,
     logits_cases,
     logits_draws,
+    path_attention_cases,
     public,
 )
 from fuzz_tree_cases import (
@@ -37,6 +37,7 @@ from fastgfn import functional
 from fastgfn.ops import attention, head_tiles, linear, log_probs_from_logits, scan, subtb, tree
 from fastgfn.ops import sample_next as draws
 from fastgfn.ops.decode import decode_update_
+from fastgfn.ops.path_attention import path_attention
 from fastgfn.ops.silu_mul import silu_mul
 from fastgfn.reference import attention as attention_truth
 from fastgfn.reference import decode as decode_truth
@@ -294,21 +295,6 @@ def test_tree_attention(case, mask_bytes):
         assert_equals_reference(op, truth, *case[1])
 
 
-def decode_attention_truth(query, shared_key, shared_value, own_key, own_value, **options):
-    """Tree attention of a prompt with every sample below it, read at the samples' last nodes."""
-    (num_rows, heads, width), own, prompt = query.shape, own_key.shape[2], shared_key.shape[1]
-    end, position = forest([*range(prompt), *[*range(prompt, prompt + own)] * num_rows])
-    last = prompt - 1 + own * torch.arange(1, num_rows + 1)
-    queries = query.new_zeros(heads, prompt + num_rows * own, width)
-    queries[:, last] = query.transpose(0, 1)
-    key, value = (
-        torch.cat([shared, x.transpose(0, 1).flatten(1, 2)], dim=1)
-        for shared, x in ((shared_key, own_key), (shared_value, own_value))
-    )
-    out = attention_truth.tree_attention(queries, key, value, end, position, **options)
-    return out[:, last].transpose(0, 1)
-
-
-@fuzz(EXAMPLES, case=decode_attention_cases())
-def test_decode_attention(case):
-    assert_equals_reference(attention.decode_attention, decode_attention_truth, *case)
+@fuzz(EXAMPLES, case=path_attention_cases())
+def test_path_attention(case):
+    assert_equals_reference(path_attention, attention_truth.path_attention, *case)

@@ -20,6 +20,7 @@ from fastgfn.kernels import (
     head_fused,
     head_sample_next,
     log_probs,
+    path_attention,
     sample_next,
     tree_attention,
 )
@@ -132,7 +133,7 @@ def row_pass_variants(constants):
 
 # 50257 and such: their products with a weight are padded, so only these arguments lack a factor of 16.
 ODD = ("vocab", "num_rows", "num_policy", "first_row", "num_grad_rows", "num_entries")
-ODD += ("num_splits", "num_blocks", "stop")
+ODD += ("num_splits", "num_blocks", "stop", "num_heads", "num_kv_heads", "window")
 WIDE, LARGE, SMALL, SINGLE = head_fused.WIDE, head_fused.LARGE, head_fused.SMALL, head_fused.SINGLE
 UNEVEN = {"IS_EVEN": False, "WIDTH": 1602}
 
@@ -181,6 +182,17 @@ KERNELS = {
     "tree_attention_backward._tree_attention_delta_kernel": (HALF_KINDS, ROWS, 4),
     "tree_attention_backward._tree_attention_grad_kv_kernel": (HALF_KINDS, HALF["grad_kv"], None),
     "tree_attention_backward._tree_attention_grad_q_kernel": (HALF_KINDS, HALF["grad_q"], None),
+    "path_attention._path_attention_fwd_kernel": (
+        dict.fromkeys(("query_ptr", "keys_ptr", "values_ptr", "out_ptr"), "*bf16")
+        | {"path_ptr": "*i32", "length_ptr": "*i64", "pre_scale": "fp32", "softcap": "fp32"},
+        tuple(
+            {"HAS_SOFTCAP": softcap, "IS_INTERPRETED": False, "PRECISION": "ieee", "GROUP": group}
+            | {"WIDTH": width, "BLOCK_H": 16, "BLOCK_D": width, "BLOCK_N": path_attention.TILE[0]}
+            | {"ALIGNED": "all"}
+            for width, group, softcap in ((64, 3, False), (128, 4, True), (256, 2, True))
+        ),
+        path_attention.TILE[1],
+    ),
     "sample_next._draw_from_logits_kernel": (DRAWS, (LOGIT_TILES,), 8),
     "sample_next._draw_combine_kernel": (
         DRAWS,

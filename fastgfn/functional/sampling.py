@@ -173,12 +173,12 @@ def _draw(
     z = logits[rows]
     if stop >= 0:
         z[:, stop] = z[:, stop].masked_fill(forbid, -torch.inf)
-    kept = _kept(z / temperature[:, None].to(z.dtype), *filters)
+    left = kept(z / temperature[:, None].to(z.dtype), *filters)
     own_row = torch.arange(len(rows), device=rows.device)
     if bad_rows is not None:
         own_row = own_row.masked_fill(bad_rows, -1)
     token, _, _, log_behavior = _checked(
-        gumbel_draw, z.masked_fill(~kept, -torch.inf), own_row, temperature, trajectory, position, seed, stop,
+        gumbel_draw, z.masked_fill(~left, -torch.inf), own_row, temperature, trajectory, position, seed, stop,
         forbid,
     )  # fmt: skip
     log_q = z.log_softmax(1)
@@ -188,7 +188,7 @@ def _draw(
     return token, *(values.marked(x, token < 0) for x in (log_pf, log_pterm, log_behavior))
 
 
-def _kept(z: Tensor, top_k: int | None, top_p: float | None, min_p: float | None) -> Tensor:
+def kept(z: Tensor, top_k: int | None, top_p: float | None, min_p: float | None) -> Tensor:
     """(K, V) bool: the tokens that the filters leave of softmax(z); the likeliest always stays."""
     z, order = z.sort(dim=1, descending=True, stable=True)
     rank = torch.arange(z.shape[1], device=z.device)

@@ -1,5 +1,7 @@
 """The linear layers of a backbone, run by the ops of `fastgfn.ops.linear` wherever those cover them."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,24 +22,26 @@ class Linear:
         self.own_forward = layer.forward
         self.has_adapter = hasattr(layer, "lora_A")
         self.base = layer.get_base_layer() if self.has_adapter else layer
-        self.merged_weight: Tensor | None = None
-        self.merged_without_adapter = False
+        self.merged: Merged | None = None
 
     def __call__(self, x: Tensor, *args, **options) -> Tensor:
-        merged = self.merged_weight
-        weight = self.weight if merged is None else merged
-        fits = x.dtype == weight.dtype and x.device.type == weight.device.type
-        if args or options or not fits or torch.is_autocast_enabled(x.device.type):
+        if args or options or torch.is_autocast_enabled(x.device.type):
             return self.own_forward(x, *args, **options)
-        if merged is not None:
-            if not torch.is_grad_enabled() and self.merged_without_adapter == self.without_adapter:
-                return product(x, merged, self.base.bias)
-            weight = self.weight
-        if not self.is_covered:
+        merged = self.merged
+        if merged is not None and self._takes(merged, x):
+            return product(x.to(merged.dtype), merged.weight, merged.bias).to(x.dtype)
+        weight = self.weight
+        fits = x.dtype == weight.dtype and x.device.type == weight.device.type
+        if not fits or not self.is_covered:
             return self.own_forward(x)
         if self.without_adapter:
             return frozen_linear(x, weight, self.base.bias)
         return lora_linear(x, weight, self.base.bias, *self.lora)
+
+    def _takes(self, merged: "Merged", x: Tensor) -> bool:
+        same_adapter = merged.without_adapter == self.without_adapter
+        same_device = x.device.type == self.base.weight.device.type
+        return same_adapter and same_device and x.is_floating_point() and not torch.is_grad_enabled()
 
     @property
     def weight(self) -> Tensor:
@@ -55,37 +59,51 @@ class Linear:
 
     @property
     def is_covered(self) -> bool:
+        """Whether the ops compute this layer, all of it in one dtype."""
+        return self._is_mergeable and (not self.has_adapter or self.lora[0].dtype == self.base.weight.dtype)
+
+    @property
+    def _is_mergeable(self) -> bool:
         weight, bias = self.base.weight, self.base.bias
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return False
         # what quantises keeps its weight in a subclass of Tensor
         if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
             return False
-        return not self.has_adapter or (
-            not _is_hooked(self.base) and _is_plain_lora(self.layer, weight.dtype)
-        )
+        return not self.has_adapter or (not _is_hooked(self.base) and _is_plain_lora(self.layer))
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Until `unmerge`, one product with W + scale B A wherever no gradient is recorded and the adapter is
-        on, or off, as it is now; the layer's own tensors stay as they are.
+    def merge(self, dtype: torch.dtype | None = None) -> None:
+        """Until `unmerge`, one product with W + scale B A, rounded to `dtype` (None: that of W), wherever no
+        gradient is recorded and the adapter is on, or off, as it is now.
 
-        Not below float32, which would round the adapter away, nor for a layer that is not covered.
+        The layer's own tensors stay as they are. Not for a layer whose adapter is not plain LoRA.
         """
-        weight = self.weight
-        if not self.is_covered or weight.dtype not in (torch.float32, torch.float64):
+        if not self._is_mergeable:
             return
-        self.merged_without_adapter = self.without_adapter
+        weight, bias = self.weight, self.base.bias
+        dtype = weight.dtype if dtype is None else dtype
         if not self.without_adapter:
             a, b, scale = self.lora
-            weight = product(b, a.T).mul_(scale).add_(weight)
-        self.merged_weight = packed(weight)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight = product(b.to(wide), a.T.to(wide)).mul_(scale).add_(weight)
+        bias = None if bias is None else bias.to(dtype)
+        self.merged = Merged(packed(weight.to(dtype)), bias, dtype, self.without_adapter)
 
     def unmerge(self) -> None:
-        self.merged_weight = None
+        self.merged = None
 
 
-def _is_plain_lora(layer: nn.Module, dtype: torch.dtype) -> bool:
+class Merged(NamedTuple):
+    """A layer's weight with its adapter in it, as `product` reads it fastest."""
+
+    weight: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+    without_adapter: bool
+
+
+def _is_plain_lora(layer: nn.Module) -> bool:
     names = layer.active_adapters
     if layer.merged or len(names) != 1 or names[0] not in layer.lora_A or names[0] in layer.lora_variant:
         return False
@@ -93,7 +111,7 @@ def _is_plain_lora(layer: nn.Module, dtype: torch.dtype) -> bool:
     if _is_hooked(a) or _is_hooked(b):
         return False
     dropout = getattr(layer.lora_dropout[names[0]], "p", 0.0)
-    return b.bias is None and a.weight.dtype == b.weight.dtype == dtype and not dropout
+    return b.bias is None and a.weight.dtype == b.weight.dtype and not dropout
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgfn import checks
-from fastgfn.attention import NAME, TreeAttention
+from fastgfn.attention import NAME, KeyValues, TreeAttention
 from fastgfn.functional.log_probs import linear_log_probs
 from fastgfn.models.linear import Linear, take_over
 from fastgfn.models.mlp import GatedMLP, take_over_mlps
@@ -55,6 +55,8 @@ class Policy:
         self._linear = take_over(self._backbone)
         take_over_mlps(self._backbone)
         _probe_tree(self)
+        # Of one token: the keys and values of all layers.
+        self.node_bytes = _node_bytes(self)
 
     @property
     def reference(self) -> "Reference":
@@ -90,7 +92,7 @@ class Policy:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
     def hidden(self, tokens: Tensor, position: Tensor, attention) -> Tensor:
-        """(T, D) final hidden states of one packed row; `attention` is a TreeAttention or DecodeAttention."""
+        """(T, D) final hidden states of one packed row; `attention` is a TreeAttention or PathAttention."""
         out = self._backbone(
             input_ids=tokens[None], position_ids=position[None], use_cache=False, attention=attention
         )
@@ -107,16 +109,18 @@ class Policy:
         return _tree_log_probs(self, tree, logit_bias, no_stop_below)
 
     @contextlib.contextmanager
-    def merged(self):
+    def merged(self, dtype: torch.dtype | None = None):
         """Within the block every linear layer holds W + scale B A, packed for products with few rows.
 
         For sampling: fewer and faster products per token, for one pass over the weights and a copy of them.
-        A layer whose adapter is not plain LoRA, or below float32 (which would round the adapter away), is
-        left as it is.
+        A layer whose adapter is not plain LoRA is left as it is. Below float32 the sum is rounded, which may
+        lose part of a small adapter; the log-probs of a loss come from unmerged weights.
+
+        dtype: of the copies, e.g. bfloat16 under a float32 policy; the products convert. None: the base's.
         """
         try:
             for layer in self._linear:
-                layer.merge()
+                layer.merge(dtype)
             yield
         finally:
             for layer in self._linear:
@@ -137,6 +141,15 @@ class Policy:
             self.model.set_attn_implementation(NAME)
             for module, forward in taken.items():
                 module.forward = forward
+
+    def free_bytes(self) -> int:
+        """Memory that is free on the policy's device."""
+        if self.device.type == "cuda":
+            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            return torch.cuda.mem_get_info(self.device)[0] + cached
+        with open("/proc/meminfo") as file:
+            (line,) = (line for line in file if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
 
     def _adapter_off(self):
         return (
@@ -269,6 +282,17 @@ def _probe_tree(policy: Policy) -> None:
         checks.fail("Policy", "model", "of a class that takes the tree attention", f"{name} ({error})", fix)
     gap = float((alone - beside).abs().max()) / max(1e-6, float(alone.abs().max()))
     checks.check(gap < 0.02, "Policy", "model", "of a class that takes the tree attention", name, fix)
+
+
+@torch.no_grad()
+def _node_bytes(policy: Policy) -> int:
+    kv, device = KeyValues(1), policy.device
+    node, end = (
+        torch.zeros(1, dtype=torch.int64, device=device),
+        torch.ones(1, dtype=torch.int32, device=device),
+    )
+    policy.hidden(node, node, TreeAttention(TreeMask(end, node), kv, node))
+    return sum(x.numel() * x.element_size() for pair in kv.layers.values() for x in pair)
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:

@@ -1,8 +1,5 @@
-"""Tree attention and decode attention: the two attention patterns of the road.
-
-Tree attention is one packed row in which node j is visible from node i exactly when `j <= i < end[j]`, and,
-with a sliding window W, `position[i] - position[j] < W`. Decode attention lets every sample read its prompt's
-shared keys and values and its own suffix.
+"""Tree attention: one packed row in which node j is visible from node i exactly when `j <= i < end[j]`, and,
+with a sliding window W, `position[i] - position[j] < W`.
 """
 
 from functools import lru_cache
@@ -260,38 +257,3 @@ def _flex_attention(query, key, value, mask, scale, softcap, window):
         enable_gqa=query.shape[0] != key.shape[0],
     )
     return out[0]
-
-
-def decode_attention(
-    query: Tensor,  # (n, H, d)
-    shared_key: Tensor,  # (Hkv, P, d)
-    shared_value: Tensor,  # (Hkv, P, d)
-    own_key: Tensor,  # (n, Hkv, t, d)
-    own_value: Tensor,  # (n, Hkv, t, d)
-    *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """(n, H, d) attention of n samples of one prompt, each over the prompt and its own t tokens.
-
-    Equal to attention over the concatenation [shared | own]; the prompt's part is one matrix product for all
-    samples. The query is at depth P + t - 1. No gradient is needed here.
-    """
-    n, heads, width = query.shape
-    kv_heads, prompt, _ = shared_key.shape
-    repeat = heads // kv_heads
-    grouped = query.view(n, kv_heads, repeat, width) * scale
-    flat = grouped.transpose(0, 1).reshape(kv_heads, n * repeat, width)
-    shared = (flat @ shared_key.transpose(1, 2)).view(kv_heads, n, repeat, prompt).transpose(0, 1)
-    own = grouped @ own_key.transpose(2, 3)
-    scores = torch.cat([shared, own], dim=-1)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if window is not None:
-        scores[..., : max(0, scores.shape[-1] - window)] = -torch.inf
-    weights = scores.softmax(-1)
-    from_prompt = weights[..., :prompt].transpose(0, 1).reshape(kv_heads, n * repeat, prompt) @ shared_value
-    out = from_prompt.view(kv_heads, n, repeat, width).transpose(0, 1)
-    out = out + weights[..., prompt:] @ own_value
-    return out.reshape(n, heads, width)

@@ -54,7 +54,7 @@ def backend_info() -> dict:
         "sample_next": {"cpu": "csrc C++", "cuda": f"triton{absent}"},
         "sample_next_from_hidden": {"cpu": f"{gemm}, then csrc C++", "cuda": f"triton{absent}"},
         "tree_attention": {"cpu": "SDPA, blocks of rows against their ancestors", "cuda": f"triton{absent}"},
-        "decode_attention": {"cpu": "torch matmul", "cuda": f"torch matmul{absent}"},
+        "path_attention": {"cpu": "csrc C++", "cuda": f"triton{absent}"},
     }
     for name, op in _CSRC.items():
         compiled = "csrc CUDA" if _has_cuda_kernel(op) else "not built (no CUDA toolkit)"

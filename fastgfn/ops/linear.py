@@ -35,9 +35,20 @@ def _separate(weight: Tensor) -> Tensor:
 
 def packed(weight: Tensor) -> Tensor:
     """weight (N, K) in the layout that `product` reads fastest: a copy for that alone, or weight itself."""
-    if _uses_onednn(weight, weight):
+    if _uses_onednn(weight, weight) or _packs_bfloat16(weight):
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
     return weight
+
+
+def _packs_bfloat16(weight: Tensor) -> bool:
+    """torch sends bfloat16 products to oneDNN itself, and packs the weight in each."""
+    usable = HAS_ONEDNN and torch.backends.mkldnn.enabled and weight.device.type == "cpu"
+    return (
+        usable
+        and weight.dtype == torch.bfloat16
+        and weight.numel() > 0
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def lora_linear(

@@ -1,0 +1,213 @@
+"""Sampling on the CPU: fastgfn against transformers' generate, in one process, in turns.
+
+Prompts of real text, n samples of each, up to 40 tokens, ended by a full stop; the same LoRA policy, dtype
+and limits, and the same results: tokens, log q(token) and log q(stop) at every step. generate gets its best
+batch size, found first, on one batch of each size; a LogitsProcessor takes its log-probs, a step at a time.
+Both draw their own sequences, whose lengths are in the rows, so what counts is tokens per second.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import harness
+import torch
+from bench_step import DTYPES, TEXT
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from fastgfn.models import Policy, load_policy
+from fastgfn.rollout import sample
+from fastgfn.types import Constraints
+
+BATCH_SIZES = (16, 32, 64, 128, 256, 512)
+# Largest difference of log q between generate's and a teacher-forced pass, in nats, by dtype.
+TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
+
+
+class Recorder(LogitsProcessor):
+    """Keeps log q of the tokens and of stopping of every step, from the scores that generate draws from."""
+
+    def __init__(self, stop: int) -> None:
+        self.stop = stop
+        self.log_pf: list[Tensor] = []
+        self.log_pterm: list[Tensor] = []
+        self._before: Tensor | None = None
+
+    def _read(self, ids: Tensor) -> None:
+        if self._before is not None:
+            self.log_pf.append(self._before.gather(1, ids[:, -1:])[:, 0])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._read(input_ids)
+        self._before = scores.float().log_softmax(-1)
+        self.log_pterm.append(self._before[:, self.stop].clone())
+        return scores
+
+    def finish(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, L) both."""
+        self._read(ids)
+        return torch.stack(self.log_pf, 1), torch.stack(self.log_pterm, 1)
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy, prompts: list[list[int]], limits: Constraints, num_samples: int, batch_size: int
+) -> tuple[int, list[int]]:
+    """Tokens drawn, stops included, and the length of every sequence, by transformers and peft alone."""
+    rows = [p for p in prompts for _ in range(num_samples)]
+    lengths: list[int] = []
+    with policy.plain() as model:
+        for first in range(0, len(rows), batch_size):
+            part = rows[first : first + batch_size]
+            width = max(map(len, part))
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in part])
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
+            recorder = Recorder(limits.termination_token_id)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=limits.max_length,
+                eos_token_id=limits.termination_token_id,
+                pad_token_id=limits.termination_token_id,
+                logits_processor=LogitsProcessorList([recorder]),
+            )
+            recorder.finish(out)
+            is_stop = out[:, width:] == limits.termination_token_id
+            found = torch.where(is_stop.any(1), is_stop.int().argmax(1), out.shape[1] - width)
+            lengths += found.tolist()
+    return sum(min(n + 1, limits.max_length) for n in lengths), lengths
+
+
+def ours(
+    policy: Policy, prompts: list[list[int]], limits: Constraints, num_samples: int, seed: int
+) -> tuple[int, list[int]]:
+    rollouts = sample(prompts, policy=policy, constraints=limits, num_samples=num_samples, seed=seed)
+    lengths = rollouts.lengths.tolist()
+    return sum(min(n + 1, limits.max_length) for n in lengths), lengths
+
+
+def timed(function: Callable[[], tuple[int, list[int]]]) -> tuple[float, int, list[int]]:
+    started = time.perf_counter()
+    tokens, lengths = function()
+    return (time.perf_counter() - started) * 1e3, tokens, lengths
+
+
+def load(args: argparse.Namespace) -> Policy:
+    policy = load_policy(lora_rank=args.rank, dtype=DTYPES[args.dtype])
+    generator = torch.Generator().manual_seed(1)
+    for name, p in policy.parameters():
+        if "lora_B" in name:
+            # A new adapter's B is zero.
+            p.data.normal_(std=0.01, generator=generator)
+    return policy
+
+
+def make_prompts(policy: Policy, count: int, longest: int) -> list[list[int]]:
+    """Pieces of the text, of 20 tokens to `longest`, each beginning at another token."""
+    ids = policy.encode(TEXT)
+    sizes = torch.linspace(min(20, longest), longest, count).round().long().tolist()
+    return [ids[i : i + size] for i, size in enumerate(sizes)]
+
+
+def best_batch_size(policy: Policy, prompts: list[list[int]], limits: Constraints, num_samples: int) -> int:
+    """Of one batch each, that with the most tokens per second."""
+    speeds = {}
+    flat = [p for p in prompts for _ in range(num_samples)]
+    for size in (s for s in BATCH_SIZES if s <= len(flat)):
+        spread = flat[:: max(1, len(flat) // size)][:size]
+        ms, tokens, _ = timed(lambda part=spread: generate(policy, part, limits, 1, len(part)))
+        speeds[size] = tokens / ms * 1e3
+        print(f"generate, batch {size}: {speeds[size]:.0f} tokens/s", flush=True)
+    return max(speeds, key=speeds.get)
+
+
+def row(args, provider, prompts, num_samples, batch_size, results) -> dict:
+    times, tokens, lengths = zip(*results, strict=True)
+    every = torch.tensor([n for part in lengths for n in part], dtype=torch.float64)
+    speeds = sorted(t / ms * 1e3 for ms, t, _ in results)
+    quantiles = torch.quantile(every, torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
+    return {
+        "model": "smollm2-135m", "dtype": args.dtype, "rank": args.rank, "prompts": len(prompts),
+        "prompt_tokens": sum(map(len, prompts)), "n": num_samples, "max_length": args.max_length,
+        "provider": provider, "batch_size": batch_size, "rounds": len(times),
+        **harness.percentiles(times), "drawn_tokens": round(sum(tokens) / len(tokens), 1),
+        "tokens_per_s": round(speeds[len(speeds) // 2], 1),
+        "length_mean": round(float(every.mean()), 2), "length_p10": quantiles[0], "length_p50": quantiles[1],
+        "length_p90": quantiles[2],
+    }  # fmt: skip
+
+
+def compare(args: argparse.Namespace, policy: Policy, limits: Constraints) -> list[dict]:
+    prompts = make_prompts(policy, args.prompts, args.prompt_tokens)
+    size = args.batch_size or best_batch_size(policy, prompts, limits, args.n)
+    results: dict[str, list] = {"fastgfn": [], "generate": []}
+    ours(policy, prompts[:2], limits, 2, seed=99)
+    for i in range(args.rounds):
+        results["fastgfn"].append(timed(lambda i=i: ours(policy, prompts, limits, args.n, seed=i)))
+        results["generate"].append(timed(lambda: generate(policy, prompts, limits, args.n, size)))
+    sizes = {"fastgfn": "", "generate": size}
+    return [row(args, name, prompts, args.n, sizes[name], found) for name, found in results.items()]
+
+
+def sweep(args: argparse.Namespace, policy: Policy, limits: Constraints) -> list[dict]:
+    """fastgfn at 32 to 2048 trajectories of the same prompts, in turns."""
+    prompts = make_prompts(policy, args.prompts, args.prompt_tokens)
+    counts = [n // len(prompts) for n in (32, 128, 512, 2048)]
+    results: dict[int, list] = {n: [] for n in counts}
+    for i in range(args.rounds):
+        for n in counts:
+            results[n].append(timed(lambda n=n, i=i: ours(policy, prompts, limits, n, seed=100 + i)))
+    return [row(args, "fastgfn", prompts, n, "", found) for n, found in results.items()]
+
+
+def check(args: argparse.Namespace, policy: Policy, limits: Constraints) -> None:
+    """Nothing is timed unless both providers' log q agree with a teacher-forced pass at their own tokens."""
+    from fastgfn.packing import pack
+    from fastgfn.scoring import score
+
+    prompts = make_prompts(policy, 2, 24)
+    rollouts = sample(prompts, policy=policy, constraints=limits, num_samples=4, seed=3)
+    tree = pack(rollouts)
+    with torch.no_grad():
+        scored = score(tree, policy=policy)
+    gaps = []
+    for n, length in enumerate(rollouts.lengths.tolist()):
+        node = int(tree.leaf[n])
+        for k in range(length - 1, -1, -1):
+            gaps.append(abs(float(rollouts.log_pf[n, k] - scored.log_pf[node])))
+            node = int(tree.parent[node])
+    mean = sum(gaps) / len(gaps)
+    print(f"log q, sampled against scored: mean difference {mean:.2g}, largest {max(gaps):.2g}", flush=True)
+    if not max(gaps) <= TOLERANCE[args.dtype]:
+        raise SystemExit(f"bench_rollout: log q of fastgfn is off by {max(gaps):.3g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("-n", type=int, default=32, help="samples per prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=60, help="of the longest prompt")
+    parser.add_argument("--max-length", type=int, default=40)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, help="of generate; default: the best")
+    parser.add_argument("--sweep", action="store_true", help="fastgfn alone at 32 to 2048 trajectories")
+    parser.add_argument("--dry", action="store_true", help="print, do not append rows")
+    args = parser.parse_args()
+    policy = load(args)
+    limits = Constraints(policy.encode("A sentence.")[-1], max_length=args.max_length)
+    check(args, policy, limits)
+    rows = sweep(args, policy, limits) if args.sweep else compare(args, policy, limits)
+    for r in rows:
+        print(r)
+    if not args.dry:
+        print(harness.append_rows("rollout", rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Path attention, `fastgfn::path_attention`: decoded tokens over their paths in a pool of keys and values.
+
+A pool holds one row of keys and values per node of a growing token tree. Tokens that share a prefix share its
+nodes, so nothing is copied when samples part, and a node that no sample needs any more is used again. CPU:
+csrc/path_attention.cpp. CUDA: Triton, kernels/path_attention.py.
+"""
+
+import torch
+from torch import Tensor
+
+import fastgfn._C  # noqa: F401
+
+
+def path_attention(
+    query: Tensor,  # (n, H, d)
+    keys: Tensor,  # (C, Hkv, d) contiguous, same dtype
+    values: Tensor,  # (C, Hkv, d)
+    path: Tensor,  # (n, W) int32
+    length: Tensor,  # (n,) int64, in [1, W]
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """(n, H, d): query n attends to the nodes path[n, :length[n]], root first, itself last; no gradient.
+
+    window: only the last `window` nodes. Sums in float32, in float64 for such inputs; the bits of a row do
+    not depend on the others. On CUDA lengths and nodes are not checked.
+    """
+    return torch.ops.fastgfn.path_attention(
+        query, keys, values, path, length, scale, 0.0 if softcap is None else softcap, window or 0
+    )
+
+
+def path_attention_triton(query, keys, values, path, length, scale, softcap, window):
+    from fastgfn.kernels import path_attention as kernels
+
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    return kernels.path_attention(query, keys, values, path, length, scale, softcap, window)
+
+
+torch.library.impl("fastgfn::path_attention", "cuda", path_attention_triton)
+
+
+@torch.library.register_fake("fastgfn::path_attention")
+def _(query, keys, values, path, length, scale, softcap, window):
+    return query.new_empty(query.shape)

@@ -1,0 +1,27 @@
+"""Stage 1: prompts -> Rollouts.
+
+sampling.py      `sample`: the request, checked, and its memory
+engine.py        the running batch
+trajectories.py  what was drawn
+draws.py         the next token of every trajectory of a step
+nodes.py         which nodes of the growing token tree exist
+options.py       what the behaviour policy adds to the policy
+hooks.py         grammars, tools, drafts
+"""
+
+from fastgfn.rollout.engine import OutOfMemory
+from fastgfn.rollout.hooks import Drafts, DraftSource, Grammar, PromptLookup, Tool
+from fastgfn.rollout.options import SamplingOptions
+from fastgfn.rollout.sampling import check_prompts, sample
+
+__all__ = [
+    "DraftSource",
+    "Drafts",
+    "Grammar",
+    "OutOfMemory",
+    "PromptLookup",
+    "SamplingOptions",
+    "Tool",
+    "check_prompts",
+    "sample",
+]

@@ -1,0 +1,181 @@
+"""The next token of every running trajectory, from the hidden states of their rows."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgfn import checks
+from fastgfn.functional.sampling import Draw, kept, sample_next, sample_next_from_hidden
+from fastgfn.models import Policy
+from fastgfn.ops.linear import product
+from fastgfn.ops.sample_next import philox4x32
+from fastgfn.phases import phase
+from fastgfn.rollout.options import SamplingOptions
+from fastgfn.types import Constraints
+
+# The smallest logit_bias of a token that a uniform draw may take.
+LEAST_BIAS = -30.0
+# Logits that exist at a time where options need them.
+LOGIT_BYTES = 256 * 2**20
+# Offsets that key the coin and the token of an epsilon draw apart from the noise of the policy's draw.
+COIN, UNIFORM = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
+
+
+class Drawer:
+    """Draws under one policy, one set of constraints and options; the noise is keyed by `seed`."""
+
+    def __init__(self, policy: Policy, constraints: Constraints, options: SamplingOptions, seed: int) -> None:
+        self.head = policy.head
+        self.constraints = constraints
+        self.options = options
+        self.seed = seed
+        device = policy.device
+        bias = constraints.logit_bias
+        self.logit_bias = None if bias is None else bias.to(device)
+        # (V,) bool, what a uniform draw may take; None: everything.
+        self.uniform = None
+        if bias is not None:
+            self.uniform = self.logit_bias > LEAST_BIAS
+
+    @phase("draw")
+    def __call__(
+        self,
+        hidden: Tensor,  # (R, D)
+        rows: Tensor,  # (K,) int64
+        temperature: Tensor,  # (K,) float32
+        trajectory: Tensor,  # (K,) int64
+        position: Tensor,  # (K,) int64, tokens of Z so far
+        allowed: Tensor | None = None,  # (K, V) bool, of a grammar
+    ) -> Draw:
+        """A Draw on the CPU, each field (K,)."""
+        fix = "the weights have diverged: lower learning_rate or set max_grad_norm"
+        checks.check(bool(hidden.isfinite().all()), "sample", "hidden states", "finite", "nan or inf", fix)
+        device = hidden.device
+        per_draw = {
+            "temperature": temperature.to(device),
+            "forbid_termination": self._forbids(position).to(device),
+            "trajectory": trajectory.to(device),
+            "position": position.to(device),
+        }
+        rows = rows.to(device)
+        if self.options.needs_logits or allowed is not None:
+            draw = self._from_logits(hidden, rows, per_draw, allowed)
+        else:
+            head = self.head
+            draw = sample_next_from_hidden(
+                hidden,
+                head.weight,
+                bias=head.bias,
+                logit_bias=self.logit_bias,
+                logit_scale=head.logit_scale,
+                final_logit_softcap=head.softcap,
+                termination_token_id=self.constraints.termination_token_id,
+                seed=self.seed,
+                rows=rows,
+                **per_draw,
+            )
+        draw = Draw(*(x.cpu() for x in (draw.token, draw.log_pf, draw.log_pterm, draw.log_behavior)))
+        # A GPU cannot refuse a row without tokens; it marks the draw.
+        want, fix = "a token left in every row", "widen the vocabulary mask"
+        checks.check(bool((draw.token >= 0).all()), "sample", "logits", want, "none or nan", fix)
+        return draw
+
+    def log_pf(
+        self, hidden: Tensor, rows: Tensor, tokens: Tensor, position: Tensor, allowed: Tensor | None
+    ) -> Tensor:
+        """(K,) log q of given tokens, as a Draw of them would have it; on the CPU."""
+        found = []
+        for part in self._parts(len(rows)):
+            logits = self._logits(
+                hidden[rows[part].to(hidden.device)], None if allowed is None else allowed[part]
+            )
+            self._forbid(logits, self._forbids(position[part]))
+            found.append(logits.log_softmax(1).gather(1, tokens[part, None].to(logits.device))[:, 0])
+        return torch.cat(found).cpu() if found else torch.zeros(0)
+
+    def _forbids(self, position: Tensor) -> Tensor:
+        return position < self.constraints.min_length
+
+    def _forbid(self, logits: Tensor, forbid: Tensor) -> None:
+        stop = self.constraints.termination_token_id
+        logits[:, stop] = logits[:, stop].masked_fill(forbid.to(logits.device), -torch.inf)
+
+    def _parts(self, num_draws: int) -> Sequence[Tensor]:
+        size = max(1, LOGIT_BYTES // (4 * self.head.weight.shape[0]))
+        return torch.arange(num_draws).split(size) if num_draws else ()
+
+    def _from_logits(
+        self, hidden: Tensor, rows: Tensor, per_draw: dict[str, Tensor], allowed: Tensor | None
+    ) -> Draw:
+        parts = []
+        for part in self._parts(len(rows)):
+            on_device = part.to(hidden.device)
+            logits = self._logits(hidden[rows[on_device]], None if allowed is None else allowed[part])
+            parts.append(self._draw(logits, {n: x[on_device] for n, x in per_draw.items()}))
+        return Draw(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+    def _logits(self, hidden: Tensor, allowed: Tensor | None) -> Tensor:
+        """(K, V) float32 (float64), the vocabulary mask and the grammar's added."""
+        head = self.head
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logits = product(hidden, head.weight, head.bias).to(dtype) * head.logit_scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        if self.logit_bias is not None:
+            logits = logits + self.logit_bias
+        if allowed is not None:
+            checks.check_shape(
+                "sample", "grammar mask", allowed, tuple(logits.shape), "return a row per sequence"
+            )
+            fix = "allow the termination token where nothing else may follow"
+            checks.check(
+                bool(allowed.any(1).all()),
+                "sample",
+                "grammar mask",
+                "True somewhere in every row",
+                "none",
+                fix,
+            )
+            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+        return logits
+
+    def _draw(self, logits: Tensor, per_draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        stop, epsilon = self.constraints.termination_token_id, self.options.epsilon
+        draw = sample_next(
+            logits, seed=self.seed, termination_token_id=stop, **self.options.filters, **per_draw
+        )
+        if not epsilon:
+            return draw.token, draw.log_pf, draw.log_pterm, draw.log_behavior
+        self._forbid(logits, per_draw["forbid_termination"])
+        can_be = logits > -torch.inf
+        flat = torch.where(can_be if self.uniform is None else can_be & self.uniform, 0.0, -torch.inf)
+        keys = {n: per_draw[n] for n in ("trajectory", "position")}
+        uniform = sample_next(flat, seed=_signed(self.seed ^ UNIFORM), **keys)
+        words = philox4x32(_counters(per_draw).cpu(), _signed(self.seed ^ COIN))[:, 0].to(logits.device)
+        token = torch.where(words.double() < epsilon * 2.0**32, uniform.token, draw.token)
+        at = token[:, None]
+        log_q = logits.log_softmax(1)
+        tempered = self._tempered(logits / per_draw["temperature"][:, None]).gather(1, at)[:, 0]
+        share = flat.log_softmax(1).gather(1, at)[:, 0]
+        rest = math.log1p(-epsilon) if epsilon < 1 else -math.inf
+        mixed = torch.logaddexp(rest + tempered, math.log(epsilon) + share)
+        return token, log_q.gather(1, at)[:, 0], log_q[:, stop], mixed.to(log_q.dtype)
+
+    def _tempered(self, z: Tensor) -> Tensor:
+        filters = self.options.filters
+        if any(value is not None for value in filters.values()):
+            z = z.masked_fill(~kept(z, *filters.values()), -torch.inf)
+        return z.log_softmax(1)
+
+
+def _counters(per_draw: dict[str, Tensor]) -> Tensor:
+    trajectory, position = per_draw["trajectory"], per_draw["position"]
+    low, high = trajectory & 0xFFFFFFFF, (trajectory >> 32) & 0xFFFFFFFF
+    return torch.stack([torch.zeros_like(position), position, low, high], dim=1)
+
+
+def _signed(seed: int) -> int:
+    seed &= 2**64 - 1
+    return seed - 2**64 if seed >= 2**63 else seed

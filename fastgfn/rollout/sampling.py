@@ -1,0 +1,188 @@
+"""`sample`: the request, checked, and the memory that it will take."""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgfn import checks
+from fastgfn.models import Policy
+from fastgfn.phases import phase
+from fastgfn.rollout.draws import Drawer
+from fastgfn.rollout.engine import Engine, Request
+from fastgfn.rollout.hooks import Drafts, Grammar, Tool
+from fastgfn.rollout.options import SamplingOptions
+from fastgfn.types import Constraints, Rollouts, as_int64
+
+# Merging the adapter costs one pass over the weights, which this many decode steps without it repay.
+MERGE_FROM = 6
+# Trajectories that run at a time, unless memory says less: more gain little per token.
+BATCH_SIZE = 512
+# Of the memory that is free, what keys and values may take by default.
+MEMORY_SHARE = 0.5
+
+
+@torch.no_grad()
+@phase("decode")
+def sample(
+    prompts: Sequence[Sequence[int] | Tensor],
+    *,
+    policy: Policy,
+    constraints: Constraints,
+    num_samples: int,
+    temperature: float | Tensor = 1.0,
+    options: SamplingOptions | None = None,
+    grammar: Grammar | None = None,
+    tool: Tool | None = None,
+    drafts: Drafts | None = None,
+    seed: int = 0,
+    first_trajectory: int = 0,
+    batch_size: int | None = None,
+    merge: bool = True,
+    precision: torch.dtype | None = None,
+) -> Rollouts:
+    """Draw `num_samples` sequences for each of G prompts.
+
+    Args:
+        prompts: G token-id sequences, none empty.
+        constraints: the sequence set; its vocabulary mask and limits bind every draw.
+        temperature: divides the logits of the draw, one number or (G * num_samples,) float; > 0. The
+            log-probs that enter a loss never see it: they come from `score`.
+        options: filters, uniform draws and given prefixes of the behaviour policy.
+        grammar: which tokens may follow each sequence; part of q, whose log-probs are renormalised over them.
+        tool: appends observations to a sequence; they count towards max_length, which cuts them off.
+        drafts: guesses of the next tokens, verified in the same passes. They change no draw; the acceptance
+            is counted in the object.
+        seed, first_trajectory: the noise of trajectory i is keyed by (seed, first_trajectory + i).
+        batch_size: most trajectories that run at a time; None: 512, or what half of the free memory holds. It
+            does not change the draws. Keys and values take at most (batch_size * max_length + the prompts of
+            batch_size + 1 trajectories) * `policy.node_bytes`.
+        merge: draw with the adapter merged into copies of the weights: faster, for a copy of the linear
+            layers. In 16 bits merging rounds small adapters; compare `log_pf` with the score's.
+        precision: dtype of those copies, e.g. torch.bfloat16 under a float32 policy; None: the base's. What
+            is drawn is then another, nearby, behaviour policy, which off-policy objectives allow.
+
+    Returns:
+        Rollouts with N = G * num_samples trajectories, ordered by prompt.
+
+    Raises:
+        InputError: an empty prompt, one longer than the model's context allows, a termination token outside
+            the vocabulary, a temperature <= 0, a batch_size whose keys and values do not fit into memory.
+        OutOfMemory: memory ran out with a single trajectory running; the finished ones are in it. With more
+            of them a warning is given, and the unfinished ones start again in half the batch.
+    """
+    options = SamplingOptions() if options is None else options
+    prompts = tuple(as_int64(p) for p in prompts)
+    check_prompts(prompts, policy, constraints)
+    checks.check(num_samples >= 1, "sample", "num_samples", ">= 1", num_samples, "raise it")
+    total = len(prompts) * num_samples
+    temperature = _temperatures(temperature, total)
+    checks.check(-(2**63) <= seed < 2**63, "sample", "seed", "a 64-bit integer", seed, "choose a smaller one")
+    _check_prefixes(options.prefixes, total, policy.vocab_size, constraints)
+    lookahead = 0 if drafts is None else drafts.length
+    batch_size = _batch_size(batch_size, policy, prompts, total, constraints.max_length, lookahead)
+    group = torch.arange(len(prompts)).repeat_interleave(num_samples)
+    request = Request(
+        prompts, group, constraints, temperature, first_trajectory, options.prefixes, grammar, tool, drafts
+    )
+    engine = Engine(policy, request, Drawer(policy, constraints, options, seed), batch_size)
+    checks.check(merge or precision is None, "sample", "precision", "None without merge", precision, "merge")
+    pays = constraints.max_length >= MERGE_FROM or precision is not None
+    with policy.merged(precision) if merge and pays else contextlib.nullcontext():
+        return engine.run()
+
+
+def _temperatures(temperature: float | Tensor, total: int) -> Tensor:
+    values = torch.as_tensor(temperature, dtype=torch.float32)
+    one_each = values.dim() == 0 or values.shape == (total,)
+    have, want = tuple(values.shape), f"one number or ({total},)"
+    checks.check(one_each, "sample", "temperature", want, have, "give one per trajectory")
+    positive = bool((values > 0).all())
+    checks.check(positive, "sample", "temperature", "> 0", float(values.min()), "use e.g. 1.0")
+    return values.expand(total)
+
+
+def _check_prefixes(prefixes, total: int, vocab: int, constraints: Constraints) -> None:
+    if prefixes is None:
+        return
+    fix = "give one list of tokens per trajectory, empty for none"
+    checks.check(len(prefixes) == total, "sample", "prefixes", f"{total} lists", len(prefixes), fix)
+    stop, longest = constraints.termination_token_id, constraints.max_length
+    for i, prefix in enumerate(prefixes):
+        ok = len(prefix) <= longest and all(0 <= t < vocab and t != stop for t in prefix)
+        want = f"at most {longest} ids in [0, {vocab}) without {stop}"
+        checks.check(
+            ok, "sample", f"prefixes[{i}]", want, list(prefix)[:20], "shorten it, or use this model's ids"
+        )
+
+
+def _batch_size(
+    batch_size: int | None,
+    policy: Policy,
+    prompts: Sequence[Tensor],
+    total: int,
+    max_length: int,
+    lookahead: int,
+) -> int:
+    """The batch size asked for, if its keys and values fit, or the largest up to BATCH_SIZE."""
+    lengths = [range(len(p)) for p in prompts]
+
+    def num_bytes(size: int) -> int:
+        return Engine.capacity(lengths, size, max_length, lookahead) * policy.node_bytes
+
+    free = policy.free_bytes()
+    fits = [size for size in (2**i for i in range(1, 10)) if num_bytes(size) <= MEMORY_SHARE * free]
+    largest = max(fits, default=1)
+    size = min(total, BATCH_SIZE, largest) if batch_size is None else min(batch_size, total)
+    checks.check(size >= 1, "sample", "batch_size", ">= 1 or None", batch_size, "raise it")
+    need = num_bytes(size)
+    have = f"{size}, {need / 2**30:.2f} GiB where {free / 2**30:.2f} GiB are free"
+    fix = f"lower batch_size to {largest}" if size > 1 else "shorten the prompts or lower max_length"
+    want = "so small that its keys and values fit into memory"
+    checks.check(need <= free, "sample", "batch_size", want, have, fix)
+    return size
+
+
+def check_prompts(prompts: Sequence[Tensor], policy: Policy, constraints: Constraints) -> None:
+    """Refuse prompts and constraints that do not fit the model, before any work is done."""
+    checks.check(len(prompts) > 0, "sample", "prompts", "at least one prompt", 0, "pass a list of token ids")
+    vocab = policy.vocab_size
+    checks.check(
+        constraints.termination_token_id < vocab,
+        "sample",
+        "termination_token_id",
+        f"in [0, {vocab})",
+        constraints.termination_token_id,
+        "pass a token id of this model's vocabulary",
+    )
+    if constraints.logit_bias is not None:
+        checks.check_shape("sample", "logit_bias", constraints.logit_bias, (vocab,), "one entry per token id")
+    limit = policy.max_positions
+    for g, prompt in enumerate(prompts):
+        checks.check(
+            prompt.dim() == 1 and len(prompt) > 0,
+            "sample",
+            f"prompts[{g}]",
+            "a non-empty list",
+            [],
+            "add a token",
+        )
+        low, high = int(prompt.min()), int(prompt.max())
+        checks.check(
+            low >= 0 and high < vocab,
+            "sample",
+            f"prompts[{g}]",
+            f"ids in [0, {vocab})",
+            (low, high),
+            "use this model's tokenizer",
+        )
+        longest = len(prompt) + constraints.max_length
+        checks.check(
+            limit is None or longest <= limit,
+            "sample",
+            f"prompts[{g}]",
+            f"at most {limit} - max_length = {(limit or 0) - constraints.max_length} tokens",
+            len(prompt),
+            "shorten the prompt or lower max_length",
+        )
