@@ -72,6 +72,9 @@ def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.
             None,
             "call the model through fastgfn.models.Policy, or load it with another attn_implementation",
         )
+    if kwargs.get("s_aux") is not None:
+        have = f"{type(module).__name__}, which adds a sink to every softmax"
+        checks.fail("attention", "model", "without attention sinks", have, "use a model without them")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
     out = attention(module.layer_idx, query, key, value, scale=scale, softcap=softcap, window=window)

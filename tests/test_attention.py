@@ -1,127 +1,17 @@
-import copy
-
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    PhiConfig,
-    Qwen2Config,
-)
+from family_models import make_policy, random_tree
 
-from fastgfn.attention import KeyValues, PathAttention, TreeAttention
 from fastgfn.checks import InputError
-from fastgfn.functional.tree import build_tree
-from fastgfn.models import Policy
 from fastgfn.ops.attention import TreeMask, tree_attention
 from fastgfn.reference import attention as plain
-from fastgfn.testing import forest, random_sequences
-from fastgfn.types import Constraints, Role
-
-SMALL = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-FAMILIES = {
-    "llama": LlamaConfig(**SMALL, num_key_value_heads=2),
-    "mistral-window": MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=3),
-    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=2),
-    "gemma2": Gemma2Config(
-        **SMALL, num_key_value_heads=2, head_dim=8, sliding_window=4, attn_logit_softcapping=5.0
-    ),
-    "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "neox": GPTNeoXConfig(**SMALL, max_position_embeddings=64),
-    "opt": OPTConfig(
-        vocab_size=61,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        word_embed_proj_dim=32,
-    ),
-    "phi": PhiConfig(**SMALL),
-}
-
-
-def _policy(config, implementation="fastgfn", dtype=torch.float64):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation).to(
-        dtype
-    )
-    # untrained initialisations are nearly linear; larger weights make a wrong mask visible
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.mul_(8)
-    return Policy(model) if implementation == "fastgfn" else model.eval()
-
-
-def _tree(vocab=61, max_length=6):
-    g = torch.Generator().manual_seed(1)
-    prompts, sequences, groups = random_sequences(
-        g, num_groups=2, per_group=5, max_length=max_length, vocab=4
-    )
-    constraints = Constraints(termination_token_id=vocab - 1, max_length=max_length)
-    return (
-        prompts,
-        sequences,
-        groups,
-        build_tree(sequences, prompts=prompts, group=groups, constraints=constraints),
-    )
-
-
-def _path(tree, node):
-    path = []
-    while node >= 0:
-        path.append(node)
-        node = int(tree.parent[node])
-    return path[::-1]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tree_hidden_states_equal_the_per_sequence_forward(family):
-    prompts, sequences, groups, tree = _tree()
-    policy = _policy(FAMILIES[family])
-    plain = _policy(FAMILIES[family], "eager" if family == "gemma2" else "sdpa")
-    hidden = policy.tree_hidden(tree.tokens, tree.position, tree.end)
-    for n, sequence in enumerate(sequences):
-        ids = torch.tensor(prompts[groups[n]] + sequence)
-        want = plain.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-        path = _path(tree, int(tree.leaf[n]))
-        assert tree.tokens[path].tolist() == ids.tolist()
-        # gemma2's own eager attention takes its softmax in float32
-        bound = 1e-6 if family == "gemma2" else 1e-9
-        torch.testing.assert_close(hidden[path], want, rtol=0, atol=bound)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_decoding_equals_the_tree_forward(family):
-    prompts, sequences, groups, tree = _tree()
-    policy = _policy(FAMILIES[family])
-    hidden = policy.tree_hidden(tree.tokens, tree.position, tree.end)
-    is_prompt = tree.role == Role.PROMPT
-    kv = KeyValues(tree.num_nodes)
-    nodes = is_prompt.nonzero()[:, 0]
-    ends = is_prompt.cumsum(0)
-    mask = TreeMask(ends[tree.end[nodes].long() - 1].int(), tree.position[nodes])
-    policy.hidden(tree.tokens[nodes], tree.position[nodes], TreeAttention(mask, kv, nodes))
-    for depth in range(int(tree.position.max()) + 1):
-        nodes = ((tree.position == depth) & ~is_prompt).nonzero()[:, 0]
-        if not len(nodes):
-            continue
-        path = torch.tensor([_path(tree, int(n)) for n in nodes], dtype=torch.int32)
-        attention = PathAttention(kv, nodes, path, torch.full((len(nodes),), depth + 1))
-        got = policy.hidden(tree.tokens[nodes], tree.position[nodes], attention)
-        torch.testing.assert_close(got, hidden[nodes], rtol=0, atol=1e-9)
+from fastgfn.testing import forest
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
 @pytest.mark.parametrize("window", [None, 2], ids=["full", "window"])
 def test_tree_attention_equals_the_reference_in_values_and_gradients(softcap, window, monkeypatch):
-    tree = _tree()[-1]
+    tree = random_tree()[-1]
     size = tree.num_nodes
     inputs = [torch.randn(h, size, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
     options = dict(scale=0.3, softcap=softcap, window=window)
@@ -147,7 +37,7 @@ def test_tree_attention_of_no_nodes(softcap):
 
 
 def test_flex_block_mask_equals_the_dense_mask():
-    tree = _tree()[-1]
+    tree = random_tree()[-1]
     mask = TreeMask(tree.end, tree.position)
     size = tree.num_nodes
     for window in (None, 3):
@@ -158,35 +48,14 @@ def test_flex_block_mask_equals_the_dense_mask():
 
 
 def test_a_plain_forward_of_a_registered_model_is_refused():
-    model = _policy(FAMILIES["llama"]).model
+    model = make_policy("llama").model
     with pytest.raises(InputError, match="attention must be a TreeAttention"):
         model(input_ids=torch.tensor([[1, 2]]))
 
 
-@pytest.mark.parametrize("family", ["bloom", "mamba"])
-def test_a_class_that_ignores_the_tree_is_refused(family):
-    from transformers import BloomConfig, MambaConfig
-
-    config = {
-        "bloom": BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4),
-        "mamba": MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2),
-    }[family]
-    torch.manual_seed(0)
-    try:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="fastgfn")
-    except (ValueError, KeyError):
-        model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.mul_(8)
-    with pytest.raises(InputError, match="model must be of a class that takes the tree attention"):
-        Policy(model)
-
-
 @pytest.mark.gpu
 def test_flex_attention_equals_the_reference_on_cuda():
-    tree = _tree()[-1]
+    tree = random_tree()[-1]
     query, key, value = (torch.randn(h, tree.num_nodes, 64, device="cuda") for h in (4, 2, 2))
     end, position = tree.end.cuda(), tree.position.cuda()
     got = tree_attention(query, key, value, TreeMask(end, position), scale=0.125)

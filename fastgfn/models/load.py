@@ -120,7 +120,9 @@ def _load_base(model: str, dtype: torch.dtype):
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            causal = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=NAME)
+            causal = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            # leaves a class that takes no attention function as it is
+            causal.set_attn_implementation(NAME)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         _cannot_be_loaded(model, error)
     # What the adapter's configuration will name as its base.

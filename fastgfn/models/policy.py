@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgfn import checks
-from fastgfn.attention import NAME, KeyValues, TreeAttention
+from fastgfn.attention import NAME, TreeAttention
 from fastgfn.functional.log_probs import linear_log_probs
+from fastgfn.models import explicit
 from fastgfn.models.linear import Linear, take_over
 from fastgfn.models.mlp import GatedMLP, take_over_mlps
+from fastgfn.models.probe import probe
 from fastgfn.ops.attention import TreeMask
 from fastgfn.phases import phase
 from fastgfn.types import LogProbs, Role, TokenTree
@@ -44,7 +46,7 @@ class Policy:
         self._backbone = getattr(causal, causal.base_model_prefix)
         self.config = causal.config
         output = causal.get_output_embeddings()
-        _refuse_adapted_head(output)
+        _refuse_other_heads(output)
         self.head = Head(
             weight=output.weight,
             bias=getattr(output, "bias", None),
@@ -52,11 +54,13 @@ class Policy:
             softcap=getattr(self.config, "final_logit_softcapping", None),
         )
         _refuse_dropout(model)
+        self._takes_function = causal._can_set_attn_implementation()
+        if not self._takes_function:
+            explicit.refuse_windows(self.config)
         self._linear = take_over(self._backbone)
         take_over_mlps(self._backbone)
-        _probe_tree(self)
         # Of one token: the keys and values of all layers.
-        self.node_bytes = _node_bytes(self)
+        self.node_bytes = probe(self)
 
     @property
     def reference(self) -> "Reference":
@@ -93,10 +97,13 @@ class Policy:
 
     def hidden(self, tokens: Tensor, position: Tensor, attention) -> Tensor:
         """(T, D) final hidden states of one packed row; `attention` is a TreeAttention or PathAttention."""
-        out = self._backbone(
-            input_ids=tokens[None], position_ids=position[None], use_cache=False, attention=attention
-        )
-        return out.last_hidden_state[0]
+        if self._takes_function:
+            inputs = dict(input_ids=tokens[None], position_ids=position[None], use_cache=False)
+            inputs["attention"] = attention
+        else:
+            dtype = self._backbone.get_input_embeddings().weight.dtype
+            inputs = explicit.arguments(tokens, position, attention, dtype)
+        return self._backbone(**inputs).last_hidden_state.flatten(0, 1)
 
     def tree_hidden(self, tokens: Tensor, position: Tensor, end: Tensor) -> Tensor:
         """(T, D) final hidden states of a token tree."""
@@ -134,11 +141,13 @@ class Policy:
             for module in self.model.modules()
             if isinstance(module.__dict__.get("forward"), (Linear, GatedMLP))
         }
-        self.model.set_attn_implementation("sdpa")
+        if self._takes_function:
+            self.model.set_attn_implementation("sdpa")
         try:
             yield self.model
         finally:
-            self.model.set_attn_implementation(NAME)
+            if self._takes_function:
+                self.model.set_attn_implementation(NAME)
             for module, forward in taken.items():
                 module.forward = forward
 
@@ -259,40 +268,16 @@ def _refuse_dropout(model: nn.Module) -> None:
         )
 
 
-def _refuse_adapted_head(output: nn.Module) -> None:
+def _refuse_other_heads(output: nn.Module) -> None:
+    """The head's ops read its weight: neither an adapter nor a quantised form of it."""
+    weight = getattr(output, "weight", None)
+    want, fix = "a linear layer of floating-point weights", "leave the head out of the quantisation (lm_head)"
+    quantised = isinstance(weight, Tensor) and not weight.is_floating_point()
     plain = type(output).__module__.startswith("torch.nn")
-    fix = "leave the head out of target_modules and modules_to_save"
-    checks.check(plain, "Policy", "the output head", "a plain linear layer", type(output).__name__, fix)
-
-
-@torch.no_grad()
-def _probe_tree(policy: Policy) -> None:
-    """Refuse a model class that ignores the tree: a second sibling must not see the first."""
-    fix = "use a Llama, Mistral, Qwen2, Gemma 2, GPT-2, GPT-NeoX, OPT or Phi model"
-    name = type(policy.config).__name__
-    device = policy.device
-
-    def last(tokens: list[int], position: list[int], end: list[int]) -> Tensor:
-        ids, depth = torch.tensor(tokens, device=device), torch.tensor(position, device=device)
-        return policy.tree_hidden(ids, depth, torch.tensor(end, dtype=torch.int32, device=device))[-1].float()
-
-    try:
-        alone, beside = last([1, 2], [0, 1], [2, 2]), last([1, 0, 2], [0, 1, 1], [3, 2, 3])
-    except (AttributeError, TypeError, KeyError, NotImplementedError) as error:
-        checks.fail("Policy", "model", "of a class that takes the tree attention", f"{name} ({error})", fix)
-    gap = float((alone - beside).abs().max()) / max(1e-6, float(alone.abs().max()))
-    checks.check(gap < 0.02, "Policy", "model", "of a class that takes the tree attention", name, fix)
-
-
-@torch.no_grad()
-def _node_bytes(policy: Policy) -> int:
-    kv, device = KeyValues(1), policy.device
-    node, end = (
-        torch.zeros(1, dtype=torch.int64, device=device),
-        torch.ones(1, dtype=torch.int32, device=device),
-    )
-    policy.hidden(node, node, TreeAttention(TreeMask(end, node), kv, node))
-    return sum(x.numel() * x.element_size() for pair in kv.layers.values() for x in pair)
+    if not quantised:
+        want, fix = "a plain linear layer", "leave the head out of target_modules and modules_to_save"
+    have = type(output).__name__
+    checks.check(plain and not quantised, "Policy", "the output head", want, have, fix)
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:

@@ -1,0 +1,54 @@
+"""What a model class must do for a Policy, tried on four nodes."""
+
+import torch
+from torch import Tensor
+
+from fastgfn import checks
+from fastgfn.attention import NAME, KeyValues, PathAttention, TreeAttention
+from fastgfn.ops.attention import TreeMask
+
+FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, GPT-2, GPT-J, GPT-NeoX, OPT or Phi"
+
+
+@torch.no_grad()
+def probe(policy) -> int:
+    """Bytes of the keys and values of one node, from three forwards over four nodes.
+
+    Raises:
+        InputError: the model class ignores the tree (a sibling sees another), or its keys and values in
+            decoding.
+    """
+    fix = f"use a {FAMILIES} model, loaded with attn_implementation='{NAME}' where the class takes it"
+    name, device = type(policy.config).__name__, policy.device
+
+    def run(tokens: list[int], position: list[int], attend) -> Tensor:
+        ids, depth = torch.tensor(tokens, device=device), torch.tensor(position, device=device)
+        return policy.hidden(ids, depth, attend(depth)).float()
+
+    def tree(end: list[int], kv: KeyValues | None = None):
+        nodes = torch.arange(len(end), device=device)
+        ends = nodes.new_tensor(end, dtype=torch.int32)
+        return lambda depth: TreeAttention(TreeMask(ends, depth), kv, nodes)
+
+    def step(depth: Tensor) -> PathAttention:
+        path = torch.tensor([[0, 1, 2], [0, 3, 0]], dtype=torch.int32, device=device)
+        return PathAttention(kv, depth.new_tensor([2, 3]), path, depth + 1)
+
+    kv = KeyValues(4)
+    try:
+        alone = run([1, 2], [0, 1], tree([2, 2]))[-1]
+        # 1 and its children 0 and 2, 2 below 0
+        whole = run([1, 0, 2, 2], [0, 1, 2, 1], tree([4, 3, 3, 4]))
+        run([1, 0], [0, 1], tree([2, 2], kv))
+        decoded = run([2, 2], [2, 1], step)
+    except (*checks.USER_ERRORS, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, TypeError, LookupError, ValueError, RuntimeError) as error:
+        checks.fail("Policy", "model", "of a class that takes the tree attention", f"{name} ({error})", fix)
+    for got, want, what in (
+        (whole[3], alone, "takes the tree attention"),
+        (decoded, whole[2:], "takes its keys and values in decoding"),
+    ):
+        gap = float((got - want).abs().max()) / max(1e-6, float(want.abs().max()))
+        checks.check(gap < 0.02, "Policy", "model", f"of a class that {what}", name, fix)
+    return sum(x.numel() * x.element_size() for pair in kv.layers.values() for x in pair) // kv.capacity
