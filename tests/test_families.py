@@ -153,20 +153,16 @@ def test_a_folder_becomes_a_policy_with_an_adapter(family, tmp_path):
 
 
 def test_pads_of_a_step_may_be_nodes_that_were_never_written():
-    policy = make_policy("gptj")
-    kv = KeyValues(3)
-    ids = torch.tensor([1, 2])
-    end = torch.tensor([1, 2], dtype=torch.int32)
-    position, nodes = torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1])
+    policy, kv = make_policy("gptj"), KeyValues(5)
+    ids, position, end = torch.tensor([1, 2]), torch.arange(2), torch.tensor([2, 2], dtype=torch.int32)
     with torch.no_grad():
-        policy.hidden(ids, position, TreeAttention(TreeMask(end, position), kv, nodes))
+        policy.hidden(ids, position, TreeAttention(TreeMask(end, position), kv, torch.arange(2)))
         for pools in kv.layers.values():
             for pool in pools:
-                pool[2] = torch.nan
-        path, length = torch.tensor([[0, 2, 2]], dtype=torch.int32), torch.tensor([2])
-        path[0, 1] = 1
-        step = PathAttention(kv, torch.tensor([1]), path, length)
-        assert bool(policy.hidden(torch.tensor([2]), torch.tensor([1]), step).isfinite().all())
+                pool[2:] = torch.nan
+        path = torch.tensor([[0, 1, 2], [0, 3, 4]], dtype=torch.int32)
+        step = PathAttention(kv, torch.tensor([2, 3]), path, torch.tensor([3, 2]))
+        assert bool(policy.hidden(ids, torch.tensor([2, 1]), step).isfinite().all())
 
 
 def test_a_mask_that_is_too_large_is_refused(monkeypatch):

@@ -45,10 +45,12 @@ def probe(policy) -> int:
         raise
     except (AttributeError, TypeError, LookupError, ValueError, RuntimeError) as error:
         checks.fail("Policy", "model", "of a class that takes the tree attention", f"{name} ({error})", fix)
+    # A small trained model is off by 0.3 to 1 where a row misses a node, and by 0.02 where bfloat16 rounds.
+    limit = 0.02 if policy.head.weight.dtype.itemsize > 2 else 0.1
     for got, want, what in (
         (whole[3], alone, "takes the tree attention"),
         (decoded, whole[2:], "takes its keys and values in decoding"),
     ):
-        gap = float((got - want).abs().max()) / max(1e-6, float(want.abs().max()))
-        checks.check(gap < 0.02, "Policy", "model", f"of a class that {what}", name, fix)
+        gap = float((got - want).norm()) / max(1e-6, float(want.norm()))
+        checks.check(gap < limit, "Policy", "model", f"of a class that {what}", name, fix)
     return sum(x.numel() * x.element_size() for pair in kv.layers.values() for x in pair) // kv.capacity
