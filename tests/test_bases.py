@@ -122,6 +122,7 @@ def test_a_quantised_base_gives_what_its_dequantised_weights_give(family):
     found = []
     for model in (packed, plain):
         policy = with_adapter(model)
+        assert policy.num_linear_weights == sum(m.in_features * m.out_features for m in layers)
         rollouts = sample(PROMPTS, policy=policy, constraints=CONSTRAINTS, num_samples=5, seed=2)
         tree = pack(rollouts)
         scored = score(tree, policy=policy)

@@ -217,12 +217,21 @@ def test_a_class_that_ignores_the_tree_is_refused(family):
         Policy(_large(config))
 
 
-def test_windows_of_a_class_without_an_attention_function_are_refused():
+def test_windows_that_are_counted_in_places_are_refused():
     sizes = dict(vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, max_position_embeddings=64)
-    local = GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]])
-    with pytest.raises(InputError, match="model must be without local attention, .*, got GPTNeoConfig"):
-        Policy(_large(local))
+    local = _large(GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]]))
+    want = "model must be without windows that its class does not hand to an attention function"
+    with pytest.raises(InputError, match=rf"{want}, got GPTNeoConfig \(local\); use a Llama"):
+        Policy(local)
     Policy(_large(GPTNeoConfig(**sizes, attention_types=[[["global"], 2]])))
+    model = make_model("gptj", "fastgfn")
+    model.config.sliding_window = 4
+    with pytest.raises(InputError, match=rf"{want}, got GPTJConfig \(sliding_window=4\)"):
+        Policy(model)
+    model = make_model("llama", "fastgfn")
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    with pytest.raises(InputError, match=rf"{want}, got LlamaConfig \(chunked_attention\)"):
+        Policy(model)
 
 
 def test_attention_sinks_are_refused():

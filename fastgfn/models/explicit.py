@@ -69,17 +69,3 @@ class PooledCache(Cache):
         if self.path is None:
             return key_states, value_states
         return tuple(pool[self.path].transpose(1, 2) for pool in self.kv.layers[layer_idx])
-
-
-def refuse_windows(config) -> None:
-    """Such a class counts a window in places of its input, the tree in depths.
-
-    Raises:
-        InputError: the configuration names a window or layers of local attention.
-    """
-    named = (getattr(config, name, None) or () for name in ("layer_types", "attention_layers"))
-    local = {kind for kinds in named for kind in kinds} - {"full_attention", "global"}
-    local = local or getattr(config, "sliding_window", None)
-    fix = "use a class that transformers' AttentionInterface serves, e.g. Mistral or Gemma 2"
-    want = "without local attention, as its class takes no attention function"
-    checks.check(not local, "Policy", "model", want, type(config).__name__, fix)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastgfn import checks
 from fastgfn.attention import NAME, TreeAttention
@@ -14,7 +15,7 @@ from fastgfn.functional.log_probs import linear_log_probs
 from fastgfn.models import explicit
 from fastgfn.models.linear import Linear, take_over
 from fastgfn.models.mlp import GatedMLP, take_over_mlps
-from fastgfn.models.probe import probe
+from fastgfn.models.probe import probe, refuse_local_attention
 from fastgfn.ops.attention import TreeMask
 from fastgfn.phases import phase
 from fastgfn.types import LogProbs, Role, TokenTree
@@ -37,6 +38,12 @@ class Policy:
     """A causal LM whose adapter is trained, its tokenizer and its head.
 
     `reference` is the same model with the adapter off (the base model); both have `hidden(...)` and `head`.
+    The base may be quantised but for its head. Without an adapter the trainable weights of the base are
+    trained, and there is no reference.
+
+    Raises:
+        InputError: dropout in the adapter, an adapted or quantised head, a model class that cannot take the
+            token tree or decode from a pool of keys and values.
     """
 
     def __init__(self, model: nn.Module, tokenizer=None) -> None:
@@ -55,8 +62,7 @@ class Policy:
         )
         _refuse_dropout(model)
         self._takes_function = causal._can_set_attn_implementation()
-        if not self._takes_function:
-            explicit.refuse_windows(self.config)
+        refuse_local_attention(self.config, self._takes_function)
         self._linear = take_over(self._backbone)
         take_over_mlps(self._backbone)
         # Of one token: the keys and values of all layers.
@@ -88,8 +94,12 @@ class Policy:
 
     @property
     def num_linear_weights(self) -> int:
-        """Weights of the base's linear layers, head and embeddings not among them."""
-        return sum(layer.base.weight.numel() for layer in self._linear)
+        """Weights of the base's linear layers, quantised ones too, head and embeddings not among them."""
+        return sum(
+            m.in_features * m.out_features if isinstance(m, nn.Linear) else m.weight.numel()
+            for name, m in self._backbone.named_modules()
+            if isinstance(m, (nn.Linear, Conv1D)) and ".lora_" not in name
+        )
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trainable parameters by name, in a fixed order."""

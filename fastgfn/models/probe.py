@@ -8,6 +8,8 @@ from fastgfn.attention import NAME, KeyValues, PathAttention, TreeAttention
 from fastgfn.ops.attention import TreeMask
 
 FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, GPT-2, GPT-J, GPT-NeoX, OPT or Phi"
+# Kinds of layers, as configurations name them.
+LOCAL = {"local", "sliding_attention"}
 
 
 @torch.no_grad()
@@ -54,3 +56,21 @@ def probe(policy) -> int:
         gap = float((got - want).norm()) / max(1e-6, float(want.norm()))
         checks.check(gap < limit, "Policy", "model", f"of a class that {what}", name, fix)
     return sum(x.numel() * x.element_size() for pair in kv.layers.values() for x in pair) // kv.capacity
+
+
+def refuse_local_attention(config, takes_function: bool) -> None:
+    """Four nodes do not show a window: refuse those that nobody would count in depths of the tree.
+
+    takes_function: the class hands each layer's window to our attention function; another class counts it in
+        places of its input.
+
+    Raises:
+        InputError: the configuration names such layers.
+    """
+    named = (getattr(config, name, None) or () for name in ("layer_types", "attention_layers"))
+    kinds = {kind for layers in named for kind in layers}
+    window = None if takes_function else getattr(config, "sliding_window", None)
+    local = sorted(kind for kind in kinds if "chunked" in kind or (not takes_function and kind in LOCAL))
+    want = "without windows that its class does not hand to an attention function"
+    have = f"{type(config).__name__} ({', '.join(local) or f'sliding_window={window}'})"
+    checks.check(not local and not window, "Policy", "model", want, have, f"use a {FAMILIES} model")
