@@ -42,6 +42,7 @@ def modified_subtb_loss(
     normalization: str = "group",
     weights: Tensor | None = None,  # (N,)
     log_z: Tensor | None = None,  # (G,)
+    coefficients: Tensor | None = None,  # (N,)
 ) -> Objective:
     """Modified SubTB(lambda) on a token tree, O(T); zero exactly when q is proportional to R.
 
@@ -57,11 +58,95 @@ def modified_subtb_loss(
         weights: importance weights of the trajectories; numerator only, no gradient.
         log_z: log Z(X) for the anchor where s_0 cannot stop; a learned value receives its gradient. None
             uses the detached group mean of log R(x) - log q(x).
+        coefficients: of these trajectories, from `window_coefficients` of the whole tree that this one is a
+            part of; normalization and weights went into them. The losses of all parts add up to the whole's
+            if log_z is also that of the whole wherever the anchor is in use.
 
     Raises:
-        InputError: a shape disagrees, lambda is outside [0, 1], an unknown normalization.
+        InputError: a shape disagrees, lambda is outside [0, 1], an unknown normalization, weights beside
+            coefficients.
     """
     name = "modified_subtb_loss"
+    _check_options(name, subtb_lambda, normalization)
+    if coefficients is None:
+        coefficients = window_coefficients(
+            tree, subtb_lambda=subtb_lambda, normalization=normalization, weights=weights
+        )
+    else:
+        fix = "pass them to window_coefficients"
+        checks.check(weights is None, name, "weights", "None beside coefficients", "a tensor", fix)
+    want = tuple(tree.leaf.shape)
+    checks.check_shape(name, "coefficients", coefficients, want, "pass one per trajectory")
+    checks.check_shape(
+        name, "log_reward", log_reward, (tree.num_nodes,), "pass the result of log_reward(tree)"
+    )
+    log_reward = log_reward.to(log_probs.log_pf.dtype)
+    estimate = group_mean(log_ratio(log_probs, tree, log_reward), tree)
+    log_flow = log_reward - log_probs.log_pterm
+    if tree.constraints.min_length > 0:
+        root_value = estimate if log_z is None else log_z
+        checks.check_shape(name, "log_z", root_value, (tree.num_groups,), "one value per prompt")
+        anchor = tree.is_root_state & ~tree.terminable
+        log_flow = torch.where(anchor, root_value[tree.group.long()].to(log_flow), log_flow)
+    valid, weight = _window_ends(tree), _through(tree, coefficients)
+    loss = subtb_tree(log_probs.log_pf, log_flow, tree.parent, valid, weight.to(log_flow), subtb_lambda)
+    return Objective(loss=loss, log_z=estimate)
+
+
+def has_anchor(tree: TokenTree) -> bool:
+    """Whether s_0 cannot stop, so that the loss reads log Z(X), by default a mean over a prompt's samples."""
+    return tree.constraints.termination == "forced" and tree.constraints.min_length > 0
+
+
+def window_coefficients(
+    tree: TokenTree,
+    *,
+    subtb_lambda: float = 1.0,
+    normalization: str = "group",
+    weights: Tensor | None = None,  # (N,)
+) -> Tensor:
+    """(N,) float64 coefficients a with which `modified_subtb_loss` is the sum over trajectories n and windows
+    of n of a_n lambda^(k-1) (U_j - U_i)^2.
+
+    They depend on the tree's structure alone, so they are known before any of it is scored.
+
+    Args and raises: as `modified_subtb_loss`.
+    """
+    name = "window_coefficients"
+    _check_options(name, subtb_lambda, normalization)
+    ends = _window_ends(tree)
+    pairs = subtb_tree_pairs(tree.parent, ends, subtb_lambda) * ends
+    num = tree.leaf.shape[0]
+    share = torch.ones(num, dtype=torch.float64, device=pairs.device) if weights is None else weights.double()
+    checks.check_shape(name, "weights", share, (num,), "one weight per trajectory")
+    if normalization == "trajectory":
+        total = tree_cumsum(pairs, tree.parent)[tree.leaf]
+        used = total > 0
+        return share * used / torch.where(used, total, torch.ones_like(total)) / used.sum().clamp(min=1)
+    mass = tree.count * pairs
+    if normalization == "batch":
+        return share / _nonzero(mass.sum())
+    zeros = torch.zeros(tree.num_groups, dtype=torch.float64, device=pairs.device)
+    per_group = zeros.index_add(0, tree.group.long(), mass)
+    scale = (per_group > 0) / _nonzero(per_group) / (per_group > 0).sum().clamp(min=1)
+    return share * scale[tree.group[tree.leaf].long()]
+
+
+@torch.no_grad()
+def log_ratio(log_probs: LogProbs, tree: TokenTree, log_reward: Tensor) -> Tensor:
+    """(N,) log R(x) - log q(x) of every trajectory: log Z(X) at the solution."""
+    gap = log_reward - log_probs.log_pterm - tree_cumsum(log_probs.log_pf, tree.parent)
+    return gap[tree.leaf]
+
+
+def group_mean(values: Tensor, tree: TokenTree) -> Tensor:
+    """(G,) mean of values (N,) over each prompt's trajectories, 0 without any."""
+    group = tree.group[tree.leaf].long()
+    sums = torch.zeros(tree.num_groups, dtype=values.dtype, device=values.device).index_add(0, group, values)
+    return sums / torch.bincount(group, minlength=tree.num_groups).clamp(min=1)
+
+
+def _check_options(name: str, subtb_lambda: float, normalization: str) -> None:
     checks.check(
         0.0 <= subtb_lambda <= 1.0, name, "subtb_lambda", "in [0, 1]", subtb_lambda, "1.0 is the paper's"
     )
@@ -73,52 +158,11 @@ def modified_subtb_loss(
         normalization,
         "use 'group'",
     )
-    checks.check_shape(
-        name, "log_reward", log_reward, (tree.num_nodes,), "pass the result of log_reward(tree)"
-    )
-    log_reward = log_reward.to(log_probs.log_pf.dtype)
-    estimate = group_log_z(log_probs, tree, log_reward)
-    log_flow = log_reward - log_probs.log_pterm
-    valid = tree.terminable
-    anchor = tree.is_root_state & ~valid
-    if tree.constraints.min_length > 0:
-        root_value = estimate if log_z is None else log_z
-        checks.check_shape(name, "log_z", root_value, (tree.num_groups,), "one value per prompt")
-        log_flow = torch.where(anchor, root_value[tree.group.long()].to(log_flow), log_flow)
-        valid = valid | anchor
-    pairs = subtb_tree_pairs(tree.parent, valid, subtb_lambda) * valid
-    weight = _node_weights(tree, pairs, normalization, weights)
-    loss = subtb_tree(log_probs.log_pf, log_flow, tree.parent, valid, weight.to(log_flow), subtb_lambda)
-    return Objective(loss=loss, log_z=estimate)
 
 
-@torch.no_grad()
-def group_log_z(log_probs: LogProbs, tree: TokenTree, log_reward: Tensor) -> Tensor:
-    """(G,) mean over each prompt's trajectories of log R(x) - log q(x): log Z(X) at the solution."""
-    gap = log_reward - log_probs.log_pterm - tree_cumsum(log_probs.log_pf, tree.parent)
-    group = tree.group[tree.leaf].long()
-    total = torch.zeros(tree.num_groups, dtype=gap.dtype, device=gap.device)
-    sums = total.index_add(0, group, gap[tree.leaf])
-    return sums / torch.bincount(group, minlength=tree.num_groups).clamp(min=1)
-
-
-def _node_weights(tree: TokenTree, pairs: Tensor, normalization: str, weights: Tensor | None) -> Tensor:
-    """(T,) float64 coefficient of the windows ending at each node; `pairs` is their weight at count 1."""
-    num = tree.leaf.shape[0]
-    share = torch.ones(num, dtype=torch.float64, device=pairs.device) if weights is None else weights.double()
-    checks.check_shape("modified_subtb_loss", "weights", share, (num,), "one weight per trajectory")
-    if normalization == "trajectory":
-        total = tree_cumsum(pairs, tree.parent)[tree.leaf]
-        used = total > 0
-        share = share * used / torch.where(used, total, torch.ones_like(total)) / used.sum().clamp(min=1)
-        return _through(tree, share)
-    mass = tree.count * pairs
-    if normalization == "batch":
-        return _through(tree, share) / _nonzero(mass.sum())
-    zeros = torch.zeros(tree.num_groups, dtype=torch.float64, device=pairs.device)
-    per_group = zeros.index_add(0, tree.group.long(), mass)
-    scale = (per_group > 0) / _nonzero(per_group) / (per_group > 0).sum().clamp(min=1)
-    return _through(tree, share) * scale[tree.group.long()]
+def _window_ends(tree: TokenTree) -> Tensor:
+    """(T,) bool: the states that windows begin and end at."""
+    return tree.terminable | tree.is_root_state if has_anchor(tree) else tree.terminable
 
 
 def _through(tree: TokenTree, share: Tensor) -> Tensor:

@@ -199,6 +199,20 @@ class TokenTree:
 
 
 @dataclass(frozen=True, slots=True)
+class TreePart:
+    """Some trajectories of a tree, whole, as a tree of their own; see `split_tree`.
+
+    tree: the nodes on their paths. `count` counts these trajectories alone; prompts keep their numbers.
+    nodes: (T',) int64, ascending, which nodes of the whole tree these are.
+    trajectories: (N',) int64, which of its trajectories, in the order of `tree.leaf`.
+    """
+
+    tree: TokenTree
+    nodes: Tensor
+    trajectories: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class LogProbs:
     """Per-row log-probabilities, float32 (float64 for float64 input), natural log.
 

@@ -1,15 +1,17 @@
+import pytest
 import torch
 
-from fastgfn.packing import pack
+from fastgfn.checks import InputError
+from fastgfn.packing import pack, split_tree
 from fastgfn.testing import random_sequences
-from fastgfn.types import Constraints, Role, Rollouts
+from fastgfn.types import Constraints, Role, Rollouts, TokenTree
 
 
 def _pack(prompts, sequences, group, max_length=6, stop=99):
     tokens = torch.full((len(sequences), max_length), -7)
     for row, s in zip(tokens, sequences, strict=True):
         row[: len(s)] = torch.tensor(s, dtype=torch.int64)
-    lengths = torch.tensor([len(s) for s in sequences])
+    lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
     prompts = tuple(torch.tensor(p) for p in prompts)
     constraints = Constraints(stop, max_length=max_length)
     return pack(
@@ -56,3 +58,82 @@ def test_samples_of_one_prompt_share_it():
     sequences = [torch.randint(1000, (n,), generator=generator).tolist() for n in range(1, 21)]
     tree = _pack([list(range(60))], sequences, [0] * 20, max_length=20, stop=1000)
     assert tree.num_nodes == 60 + sum(range(1, 21)) < sum(60 + n for n in range(1, 21)) / 5
+
+
+def _random_tree(generator, num_groups=3, per_group=6):
+    prompts, sequences, group = random_sequences(
+        generator, num_groups=num_groups, per_group=per_group, max_length=6, vocab=3
+    )
+    return prompts, sequences, group, _pack(prompts, sequences, group)
+
+
+def test_parts_are_the_trees_of_their_own_trajectories():
+    """Every part equals the tree that its trajectories alone would be packed into, and says where it lies."""
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(20):
+        prompts, sequences, group, tree = _random_tree(generator)
+        longest = int(tree.position.max()) + 1
+        for max_tokens in (longest, longest + 1, longest + 7, tree.num_nodes - 1):
+            parts = split_tree(tree, max_tokens=max_tokens)
+            assert len(parts) > 1 and all(p.tree.num_nodes <= max_tokens for p in parts)
+            held = torch.cat([p.trajectories for p in parts])
+            assert sorted(held.tolist()) == list(range(len(sequences)))
+            assert tree.leaf[held].tolist() == sorted(tree.leaf.tolist())
+            for part in parts:
+                chosen = part.trajectories.tolist()
+                used = sorted({group[n] for n in chosen})
+                alone = _pack(
+                    [prompts[g] for g in used],
+                    [sequences[n] for n in chosen],
+                    [used.index(group[n]) for n in chosen],
+                )
+                for field in TokenTree.__slots__:
+                    if field == "group":
+                        assert [used[g] for g in alone.group.tolist()] == part.tree.group.tolist()
+                    elif field != "constraints":
+                        got, want = getattr(part.tree, field), getattr(alone, field)
+                        assert got.dtype == want.dtype and torch.equal(got, want), field
+                assert torch.equal(tree.tokens[part.nodes], part.tree.tokens)
+                assert torch.equal(part.nodes[part.tree.leaf], tree.leaf[part.trajectories])
+            counts = torch.zeros_like(tree.count)
+            for part in parts:
+                counts.index_add_(0, part.nodes, part.tree.count)
+            assert torch.equal(counts, tree.count)
+
+
+def test_a_part_ends_only_where_the_next_trajectory_does_not_fit():
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(20):
+        tree = _random_tree(generator, num_groups=2, per_group=9)[-1]
+        max_tokens = int(tree.position.max()) + 4
+        parts = split_tree(tree, max_tokens=max_tokens)
+        for part, following in zip(parts, parts[1:], strict=False):
+            node, more = int(following.tree.leaf[0]), set(part.nodes.tolist())
+            while node >= 0:
+                more.add(int(following.nodes[node]))
+                node = int(following.tree.parent[node])
+            assert len(more) > max_tokens
+
+
+def test_a_tree_that_fits_is_its_only_part():
+    tree = _random_tree(torch.Generator().manual_seed(6))[-1]
+    for max_tokens in (None, tree.num_nodes):
+        (part,) = split_tree(tree, max_tokens=max_tokens)
+        assert part.tree is tree and part.nodes.tolist() == list(range(tree.num_nodes))
+        assert part.trajectories.tolist() == list(range(len(tree.leaf)))
+
+
+def test_prompts_without_a_sequence_are_in_no_part():
+    tree = _pack([[7, 8], [1, 2, 3], [4]], [[5], [6]], [1, 1])
+    parts = split_tree(tree, max_tokens=4)
+    assert [p.tree.tokens.tolist() for p in parts] == [[1, 2, 3, 5], [1, 2, 3, 6]]
+    assert [p.nodes.tolist() for p in parts] == [[2, 3, 4, 5], [2, 3, 4, 6]]
+    assert parts[0].tree.group.tolist() == [1] * 4
+    assert split_tree(_pack([[7, 8, 9]], [], []), max_tokens=2) == ()
+
+
+def test_a_trajectory_that_is_too_long_for_a_part_is_refused():
+    tree = _pack([[7]], [[5, 6, 4], [5]], [0, 0])
+    want = "max_tokens must be >= 4, the nodes of trajectory 0 and its prompt, got 3; raise it, or shorten"
+    with pytest.raises(InputError, match=want):
+        split_tree(tree, max_tokens=3)
