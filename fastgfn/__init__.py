@@ -1,7 +1,8 @@
 """GFlowNet fine-tuning of large language models: sample from intractable posteriors, fast.
 
 The road: prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss -> optimiser step. `Trainer`
-runs it; `fastgfn.functional` is the tensor-level API for other libraries.
+runs it, `score_and_reward` is the two in the middle for one head pass, and `fastgfn.functional` is the
+tensor-level API for other libraries.
 """
 
 from fastgfn.config import TrainConfig
@@ -9,6 +10,7 @@ from fastgfn.models import Policy, load_policy
 from fastgfn.objectives import modified_subtb_loss
 from fastgfn.ops.backends import backend_info
 from fastgfn.packing import pack
+from fastgfn.passes import score_and_reward
 from fastgfn.replay import ReplayBuffer
 from fastgfn.rewards import LMReward, SequenceReward, log_reward
 from fastgfn.rollout import sample
@@ -36,4 +38,5 @@ __all__ = [
     "pack",
     "sample",
     "score",
+    "score_and_reward",
 ]

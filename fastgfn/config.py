@@ -42,6 +42,9 @@ class TrainConfig:
     """Window weight lambda^(k-1), in [0, 1]."""
     normalization: str = "group"
     """How windows are pooled: "group", "batch" or "trajectory"."""
+    max_tokens: int | None = None
+    """Most nodes of a token tree in one pass. A larger one is scored and differentiated in parts of whole
+    sequences, with equal gradients and less memory; None: always one pass."""
     reward_temperature: tuple[float, float] = (1.0, 1.0)
     """log R is divided by this: value at step 0 and value from reward_horizon on, linear between."""
     reward_horizon: int = 1
@@ -75,6 +78,7 @@ class TrainConfig:
             "tempered_horizon",
         ):
             self._need(getattr(self, field) >= 1, field, ">= 1")
+        self._need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", ">= 1 or None")
         for field in ("replay_samples", "warmup_steps", "checkpoint_every", "seed"):
             self._need(getattr(self, field) >= 0, field, ">= 0")
         self._need(0.0 <= self.subtb_lambda <= 1.0, "subtb_lambda", "in [0, 1]")
@@ -106,6 +110,8 @@ class TrainConfig:
             )
         elif kind is str:
             self._need(type(value) is str, field, "text")
+        elif kind == int | None:
+            self._need(value is None or type(value) is int, field, "an integer or None")
         else:
             numbers = isinstance(value, tuple) and all(type(v) in (int, float) for v in value)
             self._need(numbers and len(value) == 2, field, "two numbers")

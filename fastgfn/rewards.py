@@ -14,7 +14,7 @@ from fastgfn.models import Reference
 from fastgfn.ops.scan import tree_cumsum
 from fastgfn.ops.tree import path_nodes
 from fastgfn.phases import phase
-from fastgfn.types import TokenTree
+from fastgfn.types import LogProbs, TokenTree
 
 Reward = Callable[[TokenTree], Tensor]
 
@@ -38,9 +38,12 @@ class LMReward:
         self.logit_bias = logit_bias
         self.short_penalty = short_penalty
 
-    @torch.no_grad()
     def __call__(self, tree: TokenTree) -> Tensor:
-        raw = self.reference.tree_log_probs(tree, self.logit_bias)
+        return self.from_log_probs(self.reference.tree_log_probs(tree, self.logit_bias), tree)
+
+    @torch.no_grad()
+    def from_log_probs(self, raw: LogProbs, tree: TokenTree) -> Tensor:
+        """log R from the reference's node-aligned log p under `logit_bias`."""
         value = tree_cumsum(raw.log_pf, tree.parent) + raw.log_pterm
         short = tree.is_state & (tree.length < tree.constraints.min_length)
         return value.masked_fill(short, self.short_penalty)

@@ -19,12 +19,20 @@ def score(tree: TokenTree, *, policy: Policy | Reference) -> LogProbs:
         LogProbs, node-aligned (see LogProbs), float32 (float64 for a float64 model), differentiable in the
         policy's trainable parameters. log_pf is 0 off the action nodes, log_pterm 0 off the terminable ones.
     """
+    raw = policy.tree_log_probs(tree, tree.constraints.logit_bias, no_stop_below=no_stop_below(tree))
+    return constrained(raw, tree)
+
+
+def no_stop_below(tree: TokenTree) -> int:
+    """The length below which log q(z) is renormalised without the stop token."""
+    return tree.constraints.min_length if tree.constraints.termination == "forced" else 0
+
+
+def constrained(raw: LogProbs, tree: TokenTree) -> LogProbs:
+    """log q, as `score` returns it, from the model's node-aligned log p."""
     constraints = tree.constraints
-    forced = constraints.termination == "forced"
-    no_stop_below = constraints.min_length if forced else 0
-    raw = policy.tree_log_probs(tree, constraints.logit_bias, no_stop_below=no_stop_below)
     log_pf = raw.log_pf.masked_fill(tree.role != Role.ACTION, 0.0)
     log_pterm = raw.log_pterm
-    if forced:
+    if constraints.termination == "forced":
         log_pterm = log_pterm.masked_fill(tree.length >= constraints.max_length, 0.0)
     return LogProbs(log_pf=log_pf, log_pterm=log_pterm.masked_fill(~tree.terminable, 0.0))

@@ -24,7 +24,7 @@ from fastgfn.ops.linear import product
 from fastgfn.phases import Phase, Recorder, synchronize
 from fastgfn.rewards import LMReward
 from fastgfn.train import Trainer
-from fastgfn.types import Constraints, Role, TokenTree
+from fastgfn.types import Constraints, LogProbs, Role, TokenTree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,12 +126,13 @@ def _make_steps(
         seed=workload.seed,
     )
     trees: list[TokenTree] = []
-    base = LMReward(policy.reference)
 
-    def reward(tree: TokenTree) -> Tensor:
-        trees[:] = [tree]
-        return base(tree)
+    class Reward(LMReward):
+        def from_log_probs(self, raw: LogProbs, tree: TokenTree) -> Tensor:
+            trees[:] = [tree]
+            return super().from_log_probs(raw, tree)
 
+    reward = Reward(policy.reference)
     trainer = Trainer(policy, prompts=prompts, reward=reward, constraints=constraints, config=config)
 
     def ours() -> int:
@@ -171,8 +172,8 @@ def tree_work(policy: Policy, tree: TokenTree) -> dict[str, Work]:
         "draw": Work(draws, 2 * head.numel() * draws, (passes + 1) * head_bytes),
         "score": Work(nodes, forward + 2 * adapter * nodes, weights),
         "reward": Work(nodes, forward, weights),
-        # policy logits, the gradient of its rows, reward logits
-        "head": Work(rows, 6 * head.numel() * rows, 3 * head_bytes),
+        # logits of policy and reward, which share a read of the weight; the gradient of the policy's rows
+        "head": Work(rows, 6 * head.numel() * rows, 2 * head_bytes),
         "backward": Work(nodes, forward + attend * pairs[2] + 4 * adapter * nodes, weights),
         # Adam reads and writes weight and two moments and reads the gradient, all float32
         "optimizer": Work(0, 0.0, 28.0 * adapter),

@@ -1,6 +1,8 @@
 """The loop: `Trainer.step` is the road, in order, and nothing else.
 
 prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss -> optimiser step
+
+fastgfn.passes holds the three in the middle, for a whole tree or in parts.
 """
 
 import hashlib
@@ -20,13 +22,12 @@ from fastgfn import checks
 from fastgfn.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from fastgfn.config import TrainConfig
 from fastgfn.models import Policy
-from fastgfn.objectives import modified_subtb_loss
 from fastgfn.packing import pack
+from fastgfn.passes import add_gradients
 from fastgfn.phases import phase
 from fastgfn.replay import ReplayBuffer
-from fastgfn.rewards import Reward, log_reward
+from fastgfn.rewards import Reward
 from fastgfn.rollout import check_prompts, sample
-from fastgfn.scoring import score
 from fastgfn.types import Constraints, Rollouts, as_int64
 
 _TEMPERATURES, _REPLAY, _PROMPTS = range(3)
@@ -70,6 +71,10 @@ class Trainer:
         parameters = [p for _, p in policy.parameters()]
         checks.check(bool(parameters), "Trainer", "policy", "trainable", "no parameters", "use load_policy")
         check_prompts([as_int64(p) for p in prompts], policy, constraints)
+        longest = max(map(len, prompts)) + constraints.max_length
+        fits = config.max_tokens is None or config.max_tokens >= longest
+        want = f">= {longest}, the longest prompt and max_length"
+        checks.check(fits, "Trainer", "config.max_tokens", want, config.max_tokens, "raise it")
         self.policy = policy
         self.prompts = [list(p) for p in prompts]
         self.reward = reward
@@ -107,20 +112,19 @@ class Trainer:
                 first_trajectory=self.trajectories,
             )
             tree = pack(self._with_replay(drawn, step, micro), device=self.policy.device)
-            log_probs = score(tree, policy=self.policy)
-            raw_log_reward = log_reward(tree, reward=self.reward)
-            objective = modified_subtb_loss(
-                log_probs,
-                tree=tree,
-                log_reward=raw_log_reward / reward_temperature,
+            result = add_gradients(
+                tree,
+                policy=self.policy,
+                reward=self.reward,
+                reward_temperature=reward_temperature,
                 subtb_lambda=config.subtb_lambda,
                 normalization=config.normalization,
+                max_tokens=config.max_tokens,
+                scale=1.0 / config.accumulation,
             )
-            with phase("backward"):
-                (objective.loss / config.accumulation).backward()
-            self._remember(drawn, raw_log_reward[tree.leaf])
-            metrics["loss"] += float(objective.loss.detach()) / config.accumulation
-            metrics["log_z"] += float(objective.log_z.mean()) / config.accumulation
+            self._remember(drawn, result.log_reward)
+            metrics["loss"] += float(result.loss) / config.accumulation
+            metrics["log_z"] += float(result.log_z.mean()) / config.accumulation
         metrics["grad_norm"] = self._update(learning_rate)
         self.steps_done += 1
         metrics |= {"learning_rate": learning_rate, "reward_temperature": reward_temperature}

@@ -17,7 +17,7 @@ LAYERS = [
     ({"functional"}, True),
     ({"models", "attention"}, True),
     ({"rollout", "packing", "scoring", "rewards", "objectives", "replay"}, False),
-    ({"checkpoint", "distributed", "evaluate"}, False),
+    ({"checkpoint", "distributed", "evaluate", "passes"}, False),
     ({"train"}, False),
     ({"baselines", "lab", "tasks", "throughput"}, True),
     ({"integrations", "cli"}, True),

@@ -47,6 +47,7 @@ def test_public_names_are_frozen():
         "pack",
         "sample",
         "score",
+        "score_and_reward",
     ]
     assert all(hasattr(fastgfn, name) for name in fastgfn.__all__)
     import fastgfn.functional as functional

@@ -93,6 +93,8 @@ def test_resume_refuses_other_settings(tiny_policy, tmp_path):
     _trainer(tiny_policy(dtype=torch.float32), steps=2).fit(tmp_path)
     with pytest.raises(InputError, match="learning_rate must be 0.001, got 0.5; resume with the settings"):
         _trainer(tiny_policy(dtype=torch.float32), steps=2, learning_rate=0.5).resume(tmp_path)
+    with pytest.raises(InputError, match="max_tokens must be None, got 64; resume with the settings"):
+        _trainer(tiny_policy(dtype=torch.float32), steps=2, max_tokens=64).resume(tmp_path)
     with pytest.raises(InputError, match="must be a run with an intact checkpoint"):
         _trainer(tiny_policy(dtype=torch.float32)).resume(tmp_path / "nothing")
     with pytest.raises(InputError, match="max_length must be 3, got 2"):
@@ -127,6 +129,28 @@ def test_accumulation_averages_the_micro_batches(tiny_policy):
     assert a["trajectories"] == b["trajectories"] == 16
 
 
+@pytest.mark.parametrize("min_length", [0, 1])
+@pytest.mark.parametrize("normalization", ["group", "batch", "trajectory"])
+def test_parts_train_the_same_weights(tiny_policy, min_length, normalization):
+    """Three steps with replay: every metric, every weight and the buffer are those of whole passes."""
+    constraints = Constraints(0, min_length=min_length, max_length=3)
+    common = dict(prompts_per_step=2, accumulation=2, learning_rate=1e-2, normalization=normalization)
+    runs = []
+    for savings in ({}, {"max_tokens": 9}):
+        policy = tiny_policy(family="gpt2", scale=2.0)
+        reward = LMReward(policy.reference)
+        trainer = _trainer(policy, reward=reward, constraints=constraints, **common, **savings)
+        runs.append(([trainer.step() for _ in range(3)], _weights(policy), trainer.buffer.state()))
+    (metrics, weights, buffer), (want, want_weights, want_buffer) = runs[1], runs[0]
+    for got, row in zip(metrics, want, strict=True):
+        assert got == pytest.approx(row, rel=1e-10)
+    for name, value in weights.items():
+        torch.testing.assert_close(value, want_weights[name], rtol=1e-8, atol=1e-10)
+    assert [[t for _, t in v] for v in buffer["entries"].values()] == [
+        [t for _, t in v] for v in want_buffer["entries"].values()
+    ]
+
+
 def test_every_prompt_is_visited_once_per_epoch(tiny_policy):
     prompts = [[i] for i in range(1, 8)]
     trainer = _trainer(tiny_policy(), prompts=prompts, prompts_per_step=3, accumulation=2)
@@ -139,6 +163,9 @@ def test_refuses_what_cannot_be_trained(tiny_policy, tmp_path):
     terminal = SequenceReward(lambda zs: [0.0] * len(zs), terminal_only=True)
     with pytest.raises(InputError, match="terminal-only reward.*trajectory balance .TB. or VarGrad"):
         _trainer(tiny_policy(), reward=terminal)
+    want = r"config.max_tokens must be >= 5, the longest prompt and max_length, got 4; raise it"
+    with pytest.raises(InputError, match=want):
+        _trainer(tiny_policy(), max_tokens=4)
     with pytest.raises(InputError, match="prompts must be at least one prompt"):
         _trainer(tiny_policy(), prompts=[])
     bad = SequenceReward(lambda zs: [math.nan] * len(zs))

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastgfn import checks
-from fastgfn.attention import NAME, TreeAttention
-from fastgfn.functional.log_probs import linear_log_probs
-from fastgfn.models import explicit
+from fastgfn.attention import NAME, KeyValues, TreeAttention
 from fastgfn.models.linear import Linear, take_over
+from fastgfn.models.log_probs import paired_log_probs, tree_log_probs
 from fastgfn.models.mlp import GatedMLP, take_over_mlps
 from fastgfn.models.probe import probe, refuse_local_attention
 from fastgfn.ops.attention import TreeMask
-from fastgfn.phases import phase
-from fastgfn.types import LogProbs, Role, TokenTree
+from fastgfn.types import LogProbs, TokenTree
 
 # Begins the name of every file and folder that is being written; such a name without a writer is a leftover.
 PARTIAL = ".fastgfn-"
@@ -122,8 +120,19 @@ class Policy:
     def tree_log_probs(
         self, tree: TokenTree, logit_bias: Tensor | None = None, *, no_stop_below: int = 0
     ) -> LogProbs:
-        """Node-aligned log p of this model, see `_tree_log_probs`."""
-        return _tree_log_probs(self, tree, logit_bias, no_stop_below)
+        """Node-aligned log p of this model, see fastgfn.models.log_probs."""
+        return tree_log_probs(self, tree, logit_bias, no_stop_below)
+
+    def paired_log_probs(
+        self,
+        tree: TokenTree,
+        logit_bias: Tensor | None = None,
+        reference_logit_bias: Tensor | None = None,
+        *,
+        no_stop_below: int = 0,
+    ) -> tuple[LogProbs, LogProbs]:
+        """`tree_log_probs` of this model and of its reference, which share one pass over the head."""
+        return paired_log_probs(self, tree, logit_bias, reference_logit_bias, no_stop_below)
 
     @contextlib.contextmanager
     def merged(self, dtype: torch.dtype | None = None):
@@ -194,68 +203,23 @@ class Reference:
     """The base model: the policy's passes with the adapter off, without gradient."""
 
     def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+        self.policy = policy
 
     @property
     def head(self) -> Head:
-        return self._policy.head
+        return self.policy.head
 
     @torch.no_grad()
     def tree_hidden(self, tokens: Tensor, position: Tensor, end: Tensor) -> Tensor:
-        with self._policy._adapter_off():
-            return self._policy.tree_hidden(tokens, position, end)
+        with self.policy._adapter_off():
+            return self.policy.tree_hidden(tokens, position, end)
 
     @torch.no_grad()
     def tree_log_probs(
         self, tree: TokenTree, logit_bias: Tensor | None = None, *, no_stop_below: int = 0
     ) -> LogProbs:
-        """Node-aligned log p of the base model, see `_tree_log_probs`."""
-        return _tree_log_probs(self, tree, logit_bias, no_stop_below)
-
-
-def _tree_log_probs(
-    model: Policy | Reference, tree: TokenTree, logit_bias: Tensor | None, no_stop_below: int
-) -> LogProbs:
-    """log_pf (T,): log p(node's token | its parent), 0 on prompt nodes; log_pterm (T,): log p(stop | node),
-    0 off the states. One forward of the tree; the head sees each hidden row once, or twice below
-    `no_stop_below` tokens, where p is renormalised without the stop token for the tokens that follow."""
-    hidden = model.tree_hidden(tree.tokens, tree.position, tree.end)
-    zeros = torch.zeros(tree.num_nodes, device=hidden.device)
-    log_pf = zeros.to(torch.float64) if hidden.dtype == torch.float64 else zeros
-    log_pterm = log_pf
-    stop = tree.constraints.termination_token_id
-    bias = None if logit_bias is None else logit_bias.to(hidden.device)
-    nodes = (tree.role != Role.PROMPT).nonzero()[:, 0]
-    parents = tree.parent[nodes].long()
-    early = tree.length[parents] < no_stop_below
-    forbidden = torch.zeros(model.head.weight.shape[0], device=hidden.device)
-    forbidden[stop] = -torch.inf
-    for chosen, states, mask in (
-        (~early, tree.is_state, bias),
-        (early, None, forbidden if bias is None else bias + forbidden),
-    ):
-        own, above = nodes[chosen], parents[chosen]
-        needed = torch.zeros_like(tree.is_state) if states is None else states
-        needed = needed.index_fill(0, above, True)
-        rows = needed.nonzero()[:, 0]
-        if not len(rows):
-            continue
-        with phase("head"):
-            out = linear_log_probs(
-                hidden[rows],
-                model.head.weight,
-                tree.tokens[own],
-                rows=(needed.cumsum(0) - 1)[above],
-                termination_token_id=None if states is None else stop,
-                bias=model.head.bias,
-                logit_bias=mask,
-                logit_scale=model.head.logit_scale,
-                final_logit_softcap=model.head.softcap,
-            )
-        log_pf = log_pf.index_copy(0, own, out.log_pf)
-        if states is not None:
-            log_pterm = log_pterm.index_copy(0, rows, out.log_pterm).masked_fill(~tree.is_state, 0.0)
-    return LogProbs(log_pf=log_pf, log_pterm=log_pterm)
+        """Node-aligned log p of the base model, see fastgfn.models.log_probs."""
+        return tree_log_probs(self, tree, logit_bias, no_stop_below)
 
 
 def _logit_scale(config) -> float:

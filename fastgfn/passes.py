@@ -1,0 +1,134 @@
+"""The passes of a step over its tree: score and reward together, and a large tree in parts.
+
+Neither changes a result. What parts of a tree have in common is known before the first of them is scored (the
+coefficients of the windows), or is read from a pass without gradient (log Z(X) of a prompt whose trajectories
+lie in several parts and cannot stop at s_0); so the losses and gradients of the parts add up to the whole's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgfn import checks
+from fastgfn.models import Policy
+from fastgfn.objectives import group_mean, has_anchor, log_ratio, modified_subtb_loss, window_coefficients
+from fastgfn.packing import split_tree
+from fastgfn.phases import phase
+from fastgfn.rewards import LMReward, Reward, log_reward
+from fastgfn.scoring import constrained, no_stop_below, score
+from fastgfn.types import LogProbs, TokenTree, TreePart
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What `add_gradients` computed on the way, all detached.
+
+    loss: () float64, of the whole tree.
+    log_z: (G,) group means of log R(x) / T_reward - log q(x).
+    log_reward: (N,) un-tempered log R of every trajectory.
+    """
+
+    loss: Tensor
+    log_z: Tensor
+    log_reward: Tensor
+
+
+def score_and_reward(tree: TokenTree, *, policy: Policy, reward: Reward) -> tuple[LogProbs, Tensor]:
+    """`score(tree, policy=policy)` and `log_reward(tree, reward=reward)`.
+
+    If the reward is an LMReward of the policy's own reference, both share one pass over the head: one launch
+    for all hidden rows, which reads the weight once.
+    """
+    shared = isinstance(reward, LMReward) and reward.reference.policy is policy
+    # a subclass may compute something else
+    if not shared or type(reward).__call__ is not LMReward.__call__:
+        return score(tree, policy=policy), log_reward(tree, reward=reward)
+    biases = (tree.constraints.logit_bias, reward.logit_bias)
+    raw, base = policy.paired_log_probs(tree, *biases, no_stop_below=no_stop_below(tree))
+    return constrained(raw, tree), log_reward(tree, reward=lambda t: reward.from_log_probs(base, t))
+
+
+def add_gradients(
+    tree: TokenTree,
+    *,
+    policy: Policy,
+    reward: Reward,
+    reward_temperature: float = 1.0,
+    subtb_lambda: float = 1.0,
+    normalization: str = "group",
+    max_tokens: int | None = None,
+    scale: float = 1.0,
+) -> Pass:
+    """Add the gradient of scale * `modified_subtb_loss` to `.grad` of the policy's parameters.
+
+    Args:
+        reward_temperature: divides log R.
+        subtb_lambda, normalization: of `modified_subtb_loss`.
+        max_tokens: a tree of more nodes is scored and differentiated in parts, see `split_tree`; no part's
+            graph outlives it. Equal to one pass up to rounding; the price is that nodes which parts share
+            are computed in each, and one more forward where log Z(X) has to be known beforehand.
+
+    Raises:
+        InputError: as `split_tree`, `log_reward` and `modified_subtb_loss`; a tree without trajectories.
+    """
+    num = tree.leaf.shape[0]
+    checks.check(num > 0, "add_gradients", "tree", "of at least one trajectory", num, "pack some rollouts")
+    options = {"subtb_lambda": subtb_lambda, "normalization": normalization}
+    coefficients = window_coefficients(tree, **options)
+    parts = split_tree(tree, max_tokens=max_tokens)
+    log_z, known = None, [None] * len(parts)
+    if has_anchor(tree) and _share_groups(parts):
+        log_z, known = _log_z(tree, parts, policy, reward, reward_temperature)
+
+    def add(part: TreePart, raw_log_reward: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if raw_log_reward is None:
+            log_probs, raw_log_reward = score_and_reward(part.tree, policy=policy, reward=reward)
+        else:
+            log_probs = score(part.tree, policy=policy)
+        tempered = raw_log_reward / reward_temperature
+        loss = modified_subtb_loss(
+            log_probs,
+            tree=part.tree,
+            log_reward=tempered,
+            log_z=None if log_z is None else log_z[: part.tree.num_groups],
+            coefficients=coefficients[part.trajectories],
+            **options,
+        ).loss
+        with phase("backward"):
+            (loss * scale).backward()
+        return (
+            loss.detach().double(),
+            log_ratio(log_probs, part.tree, tempered),
+            raw_log_reward[part.tree.leaf],
+        )
+
+    results = [add(part, value) for part, value in zip(parts, known, strict=True)]
+    losses, ratios, log_rewards = zip(*results, strict=True)
+    ratio = _by_trajectory(parts, ratios)
+    return Pass(torch.stack(losses).sum(), group_mean(ratio, tree), _by_trajectory(parts, log_rewards))
+
+
+def _share_groups(parts: Sequence[TreePart]) -> bool:
+    """Whether the trajectories of a prompt lie in more than one part."""
+    groups = torch.cat([part.tree.group[part.tree.leaf].unique() for part in parts])
+    return len(groups) > len(groups.unique())
+
+
+@torch.no_grad()
+def _log_z(
+    tree: TokenTree, parts: Sequence[TreePart], policy: Policy, reward: Reward, reward_temperature: float
+) -> tuple[Tensor, list[Tensor]]:
+    """(G,) log Z(X) as the whole tree's loss would estimate it, and the un-tempered log R of every part."""
+    ratios, raw = [], []
+    for part in parts:
+        log_probs, values = score_and_reward(part.tree, policy=policy, reward=reward)
+        ratios.append(log_ratio(log_probs, part.tree, values / reward_temperature))
+        raw.append(values)
+    return group_mean(_by_trajectory(parts, ratios), tree), raw
+
+
+def _by_trajectory(parts: Sequence[TreePart], values: Sequence[Tensor]) -> Tensor:
+    """(N,) values of each part's trajectories, in the order of the whole tree."""
+    return torch.cat(list(values))[torch.cat([part.trajectories for part in parts]).argsort()]
