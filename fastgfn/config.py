@@ -45,6 +45,9 @@ class TrainConfig:
     max_tokens: int | None = None
     """Most nodes of a token tree in one pass. A larger one is scored and differentiated in parts of whole
     sequences, with equal gradients and less memory; None: always one pass."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of every layer for the backward pass, which runs the layer again: equal
+    gradients, less memory, one more forward."""
     reward_temperature: tuple[float, float] = (1.0, 1.0)
     """log R is divided by this: value at step 0 and value from reward_horizon on, linear between."""
     reward_horizon: int = 1
@@ -110,6 +113,8 @@ class TrainConfig:
             )
         elif kind is str:
             self._need(type(value) is str, field, "text")
+        elif kind is bool:
+            self._need(type(value) is bool, field, "true or false")
         elif kind == int | None:
             self._need(value is None or type(value) is int, field, "an integer or None")
         else:

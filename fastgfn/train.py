@@ -76,6 +76,7 @@ class Trainer:
         want = f">= {longest}, the longest prompt and max_length"
         checks.check(fits, "Trainer", "config.max_tokens", want, config.max_tokens, "raise it")
         self.policy = policy
+        policy.gradient_checkpointing = config.gradient_checkpointing
         self.prompts = [list(p) for p in prompts]
         self.reward = reward
         self.constraints = constraints

@@ -25,9 +25,9 @@ def test_schedules():
 
 
 def test_a_mapping_round_trips_and_an_unknown_key_names_the_closest():
-    config = TrainConfig(steps=7, temperature_range=(0.9, 1.1), max_tokens=512)
+    config = TrainConfig(steps=7, temperature_range=(0.9, 1.1), max_tokens=512, gradient_checkpointing=True)
     assert TrainConfig.from_dict(config.to_dict()) == config
-    other = {"temperature_range": [0.9, 1.1], "steps": 7, "max_tokens": 512}
+    other = {"temperature_range": [0.9, 1.1], "steps": 7, "max_tokens": 512, "gradient_checkpointing": True}
     assert TrainConfig.from_dict(other) == config
     assert TrainConfig.from_dict({"max_tokens": None}) == TrainConfig()
     with pytest.raises(InputError, match="got 'learning_rat'; did you mean 'learning_rate'?"):
@@ -41,6 +41,8 @@ def test_a_mapping_round_trips_and_an_unknown_key_names_the_closest():
         ("max_tokens", 0),
         ("max_tokens", 1.5),
         ("max_tokens", True),
+        ("gradient_checkpointing", 1),
+        ("gradient_checkpointing", "yes"),
         ("num_samples", 0),
         ("tempered_share", (0.5, 1.5)),
         ("adam_betas", (0.9, 1.0)),

@@ -131,15 +131,16 @@ def test_accumulation_averages_the_micro_batches(tiny_policy):
 
 @pytest.mark.parametrize("min_length", [0, 1])
 @pytest.mark.parametrize("normalization", ["group", "batch", "trajectory"])
-def test_parts_train_the_same_weights(tiny_policy, min_length, normalization):
+def test_parts_and_checkpointing_train_the_same_weights(tiny_policy, min_length, normalization):
     """Three steps with replay: every metric, every weight and the buffer are those of whole passes."""
     constraints = Constraints(0, min_length=min_length, max_length=3)
     common = dict(prompts_per_step=2, accumulation=2, learning_rate=1e-2, normalization=normalization)
     runs = []
-    for savings in ({}, {"max_tokens": 9}):
+    for savings in ({}, {"max_tokens": 9, "gradient_checkpointing": True}):
         policy = tiny_policy(family="gpt2", scale=2.0)
         reward = LMReward(policy.reference)
         trainer = _trainer(policy, reward=reward, constraints=constraints, **common, **savings)
+        assert policy.gradient_checkpointing == bool(savings)
         runs.append(([trainer.step() for _ in range(3)], _weights(policy), trainer.buffer.state()))
     (metrics, weights, buffer), (want, want_weights, want_buffer) = runs[1], runs[0]
     for got, row in zip(metrics, want, strict=True):

@@ -10,15 +10,20 @@ from fastgfn.ops.silu_mul import silu_mul
 
 
 class GatedMLP:
-    """Stands in for the `forward` of an MLP that computes down(silu(gate(x)) * up(x))."""
+    """Stands in for the `forward` of an MLP that computes down(silu(gate(x)) * up(x)).
+
+    is_checkpointed: its layer keeps nothing and runs again in backward; a hook here would hide what is saved
+        from the layer's own.
+    """
 
     def __init__(self, mlp: nn.Module) -> None:
         self.mlp = mlp
+        self.is_checkpointed = False
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.mlp.gate_proj(x), self.mlp.up_proj(x)
         product = silu_mul(gate, up)
-        if not product.requires_grad:
+        if self.is_checkpointed or not product.requires_grad:
             return self.mlp.down_proj(product)
 
         # autograd keeps the hook, so it must not keep the product

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastgfn import checks
 from fastgfn.attention import NAME, KeyValues, TreeAttention
+from fastgfn.models.checkpointing import CheckpointedLayer, checkpoint_layers
 from fastgfn.models.linear import Linear, take_over
 from fastgfn.models.log_probs import paired_log_probs, tree_log_probs
 from fastgfn.models.mlp import GatedMLP, take_over_mlps
@@ -63,6 +64,8 @@ class Policy:
         refuse_local_attention(self.config, self._takes_function)
         self._linear = take_over(self._backbone)
         take_over_mlps(self._backbone)
+        self._is_checkpointed = False
+        _probe_tree(self)
         # Of one token: the keys and values of all layers.
         self.node_bytes = probe(self)
 
@@ -134,6 +137,16 @@ class Policy:
         """`tree_log_probs` of this model and of its reference, which share one pass over the head."""
         return paired_log_probs(self, tree, logit_bias, reference_logit_bias, no_stop_below)
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether a layer keeps only its inputs for backward and runs again there: less memory, same bits."""
+        return self._is_checkpointed
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        checkpoint_layers(self._backbone, enabled)
+        self._is_checkpointed = enabled
+
     @contextlib.contextmanager
     def merged(self, dtype: torch.dtype | None = None):
         """Within the block every linear layer holds W + scale B A, packed for products with few rows.
@@ -158,7 +171,7 @@ class Policy:
         taken = {
             module: module.__dict__.pop("forward")
             for module in self.model.modules()
-            if isinstance(module.__dict__.get("forward"), (Linear, GatedMLP))
+            if isinstance(module.__dict__.get("forward"), (Linear, GatedMLP, CheckpointedLayer))
         }
         if self._takes_function:
             self.model.set_attn_implementation("sdpa")
