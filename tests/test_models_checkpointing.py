@@ -89,6 +89,7 @@ def test_sampling_reward_and_plain_forwards_do_not_change(tiny_policy):
     def results():
         drawn = sample([[1, 2, 3]], policy=policy, constraints=tree.constraints, num_samples=5, seed=3)
         with policy.plain() as model:
+            assert not any("forward" in module.__dict__ for module in model.modules())
             logits = model(input_ids=tree.tokens[None]).logits
         return [drawn.tokens, drawn.lengths, LMReward(policy.reference)(tree), logits.detach()]
 

@@ -18,8 +18,9 @@ from fastgfn.types import Constraints, Rollouts
 
 STOP = 0
 PROMPTS = [[1, 2, 3], [4, 5], [1, 2, 3]]
-# duplicates, shared prefixes, the longest and the shortest length, two equal prompts
-SEQUENCES = [[6, 7, 8], [6], [6, 7, 8], [6, 7, 9, 1, 2], [5], [5, 5, 5, 5, 5], [2, 1], [2], [2, 1, 4], [2, 1]]
+# duplicates, shared prefixes, the longest and the shortest length, two equal prompts, an order that is no
+# involution of that of the leaves
+SEQUENCES = [[6, 7, 8], [6, 7, 8], [6], [6, 7, 9, 1, 2], [5], [5, 5, 5, 5, 5], [2, 1], [2], [2, 1, 4], [2, 1]]
 GROUP = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
 BIAS = torch.where(torch.arange(13) == 12, -50.0, 0.0)
 OTHER_BIAS = torch.where(torch.arange(13) == 11, -3.0, 0.0).double()

@@ -9,6 +9,7 @@ from fastgfn.checks import InputError
 from fastgfn.config import TrainConfig
 from fastgfn.evaluate import divergence, sequence_log_probs
 from fastgfn.models import load_policy
+from fastgfn.packing import split_tree
 from fastgfn.rewards import LMReward, SequenceReward
 from fastgfn.train import Trainer
 from fastgfn.types import Constraints
@@ -131,17 +132,25 @@ def test_accumulation_averages_the_micro_batches(tiny_policy):
 
 @pytest.mark.parametrize("min_length", [0, 1])
 @pytest.mark.parametrize("normalization", ["group", "batch", "trajectory"])
-def test_parts_and_checkpointing_train_the_same_weights(tiny_policy, min_length, normalization):
+def test_parts_and_checkpointing_train_the_same_weights(tiny_policy, min_length, normalization, monkeypatch):
     """Three steps with replay: every metric, every weight and the buffer are those of whole passes."""
     constraints = Constraints(0, min_length=min_length, max_length=3)
     common = dict(prompts_per_step=2, accumulation=2, learning_rate=1e-2, normalization=normalization)
-    runs = []
+    runs, num_parts = [], []
+
+    def counted(tree, **options):
+        parts = split_tree(tree, **options)
+        num_parts.append(len(parts))
+        return parts
+
+    monkeypatch.setattr("fastgfn.passes.split_tree", counted)
     for savings in ({}, {"max_tokens": 9, "gradient_checkpointing": True}):
         policy = tiny_policy(family="gpt2", scale=2.0)
         reward = LMReward(policy.reference)
         trainer = _trainer(policy, reward=reward, constraints=constraints, **common, **savings)
         assert policy.gradient_checkpointing == bool(savings)
         runs.append(([trainer.step() for _ in range(3)], _weights(policy), trainer.buffer.state()))
+    assert num_parts[:6] == [1] * 6 and all(n > 1 for n in num_parts[6:]) and len(num_parts) == 12
     (metrics, weights, buffer), (want, want_weights, want_buffer) = runs[1], runs[0]
     for got, row in zip(metrics, want, strict=True):
         assert got == pytest.approx(row, rel=1e-10)
