@@ -30,7 +30,8 @@ RUN_KEYS = {
     "max_length": int,
     "train": dict,
 }
-STATE_KEYS = {"step": int, "trajectories": int, "tokens": int, "seconds": float, "run": dict, "buffer": dict}
+STATE_KEYS = {"step": int, "trajectories": int, "tokens": int, "seconds": float, "merges": bool}
+STATE_KEYS |= {"run": dict, "buffer": dict}
 
 
 def check_run_folder(

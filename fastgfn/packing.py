@@ -13,7 +13,7 @@ from fastgfn import checks
 from fastgfn.functional.tree import build_tree
 from fastgfn.ops.scan import subtree_sum
 from fastgfn.phases import phase
-from fastgfn.types import Rollouts, TokenTree, TreePart
+from fastgfn.types import Role, Rollouts, TokenTree, TreePart
 
 
 @phase("pack")

@@ -28,11 +28,13 @@ class Pass:
     loss: () float64, of the whole tree.
     log_z: (G,) group means of log R(x) / T_reward - log q(x).
     log_reward: (N,) un-tempered log R of every trajectory.
+    log_pf: (T,) log q of every action node, as of `score`.
     """
 
     loss: Tensor
     log_z: Tensor
     log_reward: Tensor
+    log_pf: Tensor
 
 
 def score_and_reward(tree: TokenTree, *, policy: Policy, reward: Reward) -> tuple[LogProbs, Tensor]:
@@ -82,7 +84,7 @@ def add_gradients(
     if has_anchor(tree) and _share_groups(parts):
         log_z, known = _log_z(tree, parts, policy, reward, reward_temperature)
 
-    def add(part: TreePart, raw_log_reward: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def add(part: TreePart, raw_log_reward: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if raw_log_reward is None:
             log_probs, raw_log_reward = score_and_reward(part.tree, policy=policy, reward=reward)
         else:
@@ -102,12 +104,14 @@ def add_gradients(
             loss.detach().double(),
             log_ratio(log_probs, part.tree, tempered),
             raw_log_reward[part.tree.leaf],
+            log_probs.log_pf.detach(),
         )
 
     results = [add(part, value) for part, value in zip(parts, known, strict=True)]
-    losses, ratios, log_rewards = zip(*results, strict=True)
-    ratio = _by_trajectory(parts, ratios)
-    return Pass(torch.stack(losses).sum(), group_mean(ratio, tree), _by_trajectory(parts, log_rewards))
+    losses, ratios, log_rewards, log_pfs = zip(*results, strict=True)
+    log_z = group_mean(_by_trajectory(parts, ratios), tree)
+    log_pf = _by_node(parts, log_pfs, tree.num_nodes)
+    return Pass(torch.stack(losses).sum(), log_z, _by_trajectory(parts, log_rewards), log_pf)
 
 
 def _share_groups(parts: Sequence[TreePart]) -> bool:
@@ -127,6 +131,14 @@ def _log_z(
         ratios.append(log_ratio(log_probs, part.tree, values / reward_temperature))
         raw.append(values)
     return group_mean(_by_trajectory(parts, ratios), tree), raw
+
+
+def _by_node(parts: Sequence[TreePart], values: Sequence[Tensor], num_nodes: int) -> Tensor:
+    """(T,) values of each part's nodes; those that parts share are equal up to rounding."""
+    whole = values[0].new_zeros(num_nodes)
+    for part, own in zip(parts, values, strict=True):
+        whole[part.nodes] = own
+    return whole
 
 
 def _by_trajectory(parts: Sequence[TreePart], values: Sequence[Tensor]) -> Tensor:

@@ -22,15 +22,18 @@ from fastgfn import checks
 from fastgfn.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from fastgfn.config import TrainConfig
 from fastgfn.models import Policy
+from fastgfn.ops.tree import path_nodes
 from fastgfn.packing import pack
 from fastgfn.passes import add_gradients
 from fastgfn.phases import phase
 from fastgfn.replay import ReplayBuffer
 from fastgfn.rewards import Reward
 from fastgfn.rollout import check_prompts, sample
-from fastgfn.types import Constraints, Rollouts, as_int64
+from fastgfn.types import Constraints, Rollouts, TokenTree, as_int64
 
 _TEMPERATURES, _REPLAY, _PROMPTS = range(3)
+# Nats per token by which the sampler's log q may differ from the score's before merging is given up.
+MOST_DRIFT = 0.1
 
 
 class Trainer:
@@ -94,13 +97,14 @@ class Trainer:
         self.trajectories = 0
         self.tokens = 0
         self.seconds = 0.0
+        self.merges = True  # whether sequences are drawn with merged weights
         self._run_folder: str | None = None  # whose checkpoints are this run's
 
     def step(self) -> dict[str, float]:
         """One optimiser step over `accumulation` micro-batches; returns metrics of the batch."""
         config, step = self.config, self.steps_done
         learning_rate, reward_temperature = config.learning_rate_at(step), config.reward_temperature_at(step)
-        metrics: dict[str, float] = {"loss": 0.0, "log_z": 0.0}
+        metrics: dict[str, float] = {"loss": 0.0, "log_z": 0.0, "drift": 0.0}
         self.optimizer.zero_grad()
         for micro in range(config.accumulation):
             drawn = sample(
@@ -111,6 +115,8 @@ class Trainer:
                 temperature=self._temperatures(step, micro),
                 seed=config.seed,
                 first_trajectory=self.trajectories,
+                merge=self.merges,
+                precision=getattr(torch, config.rollout_precision or "", None) if self.merges else None,
             )
             tree = pack(self._with_replay(drawn, step, micro), device=self.policy.device)
             result = add_gradients(
@@ -126,6 +132,8 @@ class Trainer:
             self._remember(drawn, result.log_reward)
             metrics["loss"] += float(result.loss) / config.accumulation
             metrics["log_z"] += float(result.log_z.mean()) / config.accumulation
+            metrics["drift"] += drift(drawn, tree, result.log_pf) / config.accumulation
+        self._check_drift(metrics["drift"])
         metrics["grad_norm"] = self._update(learning_rate)
         self.steps_done += 1
         metrics |= {"learning_rate": learning_rate, "reward_temperature": reward_temperature}
@@ -182,6 +190,7 @@ class Trainer:
             "trajectories": self.trajectories,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "merges": self.merges,
             "run": self._describe(),
             "buffer": self.buffer.state(),
         }
@@ -212,12 +221,21 @@ class Trainer:
             if damaged:
                 warnings.warn(f"Trainer.resume: passed over damaged {'; '.join(damaged)}", stacklevel=2)
             self.steps_done, self.trajectories = state["step"], state["trajectories"]
-            self.tokens, self.seconds = state["tokens"], state["seconds"]
+            self.tokens, self.seconds, self.merges = state["tokens"], state["seconds"], state["merges"]
             self._run_folder = os.path.realpath(run_folder)
             return self.steps_done
         have = f"{run_folder} ({'damaged ' + damaged[0] if damaged else 'no checkpoint'})"
         fix = "train in another folder" if damaged else "train first"
         checks.fail("Trainer.resume", "run_folder", "a run with an intact checkpoint", have, fix)
+
+    def _check_drift(self, drift: float) -> None:
+        """Draw unmerged from now on if merged weights are too far from the policy."""
+        if self.merges and drift > MOST_DRIFT:
+            have = f"{drift:.2g} nats per token, more than {MOST_DRIFT}"
+            warnings.warn(
+                f"Trainer: merged weights drift by {have}; drawing with unmerged ones", stacklevel=3
+            )
+            self.merges = False
 
     def _describe(self) -> dict:
         """What has to be the same for a run to be continued."""
@@ -226,6 +244,7 @@ class Trainer:
         text = json.dumps([self.prompts, bias])
         return self.config.to_dict() | {
             "termination_token_id": limits.termination_token_id,
+            "extra_termination_token_ids": list(limits.extra_termination_token_ids),
             "min_length": limits.min_length,
             "max_length": limits.max_length,
             "termination": limits.termination,
@@ -291,6 +310,18 @@ class Trainer:
             group["lr"] = learning_rate
         self.optimizer.step()
         return float(norm)
+
+
+def drift(rollouts: Rollouts, tree: TokenTree, log_pf: Tensor) -> float:
+    """Mean |log q of the sampler - log q of the score| over the actions of the rollouts, the tree's first
+    trajectories; below min_length under "own" the two are not the same density and left out."""
+    num, limits = rollouts.num_trajectories, rollouts.constraints
+    nodes = path_nodes(tree.parent.cpu(), tree.leaf[:num].cpu(), rollouts.lengths, limits.max_length)
+    counted = rollouts.action_mask().clone()
+    if limits.termination == "own":
+        counted[:, : limits.min_length] = False
+    gap = log_pf.cpu()[nodes.clamp(min=0)] - rollouts.log_pf
+    return float(gap[counted].abs().mean()) if bool(counted.any()) else 0.0
 
 
 def _short(value) -> str:

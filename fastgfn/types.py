@@ -35,6 +35,8 @@ class Constraints:
         other tokens renormalised) below min_length and certain (log_pterm = 0) at max_length.
         "own": the published convention; the limits bind the sampler only and log_pterm stays the model's own.
     logit_bias: (V,) float32 added to the logits before the softmax (a vocabulary mask, e.g. -99), or None.
+    extra_termination_token_ids: further tokens that end a sequence and never are part of it; q(stop) is the
+        sum of the probabilities of all of them.
     """
 
     termination_token_id: int
@@ -42,6 +44,12 @@ class Constraints:
     max_length: int = 32
     termination: str = "forced"
     logit_bias: Tensor | None = None
+    extra_termination_token_ids: tuple[int, ...] = ()
+
+    @property
+    def termination_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a sequence, `termination_token_id` first."""
+        return (self.termination_token_id, *self.extra_termination_token_ids)
 
     def __post_init__(self) -> None:
         checks.check(
@@ -70,6 +78,15 @@ class Constraints:
             ">= 0",
             self.termination_token_id,
             "pass the id of the token that ends a sequence",
+        )
+        ids = self.termination_token_ids
+        checks.check(
+            len(set(ids)) == len(ids) and min(ids) >= 0,
+            "Constraints",
+            "extra_termination_token_ids",
+            f"distinct ids >= 0 without {self.termination_token_id}",
+            self.extra_termination_token_ids,
+            "list every further token once",
         )
 
 

@@ -318,13 +318,13 @@ def path_attention_cases(draw, dtypes=ALL_DTYPES, widths=(1, 5, 16, 40)):
     num_rows, capacity, longest = source.size(0, 4), source.size(1, 12), source.size(1, 20)
     width, kv_heads, group = source.pick(*widths), source.size(1, 2), source.size(1, 3)
     length = source.integers(1, longest + 1, num_rows)
-    path = source.integers(0, capacity, num_rows, longest, dtype=torch.int32)
+    path = source.integers(0, capacity, num_rows, longest, dtype=torch.int32, layout="plain")
     path[torch.arange(longest) >= length[:, None]] = 2**30
     inputs = {
         "query": source.normal(num_rows, kv_heads * group, width),
         "keys": source.normal(capacity, kv_heads, width, layout="plain"),
         "values": source.normal(capacity, kv_heads, width, layout="plain"),
-        "path": path,
+        "path": laid_out(path, source.pick("plain", "sliced", "transposed")),
         "length": length,
         "scale": source.pick(width**-0.5, 1.0),
         "softcap": source.pick(None, 1.5),

@@ -174,7 +174,7 @@ def build(sequences=((5,),), prompts=((7,),), group=(0,), constraints=CONSTRAINT
         ({"tokens": as_int64([[5]])}, "build_tree: sequences must be the only input form"),
         ({"roles": [[1, 1]]}, "build_tree: roles must be as ragged as sequences"),
         ({"roles": [[0]]}, "build_tree: roles must be action"),
-        ({"sequences": [[99]]}, "build_tree: sequences must be free of the termination token 99"),
+        ({"sequences": [[99]]}, "build_tree: sequences must be free of the termination tokens \\(99,\\)"),
         ({"constraints": Constraints(1, max_length=1), "sequences": [[5, 6]]}, "max_length = 1 tokens long"),
         (
             {"sequences": None, "tokens": as_int64([[5]]), "lengths": as_int64([2])},

@@ -167,7 +167,7 @@ def test_trajectories_that_a_tool_parts_keep_their_own_text(tiny_policy):
 
 
 def test_tool_output_with_the_termination_token_is_refused(tiny_policy):
-    with pytest.raises(InputError, match="tool output must be token ids without 0, got"):
+    with pytest.raises(InputError, match=r"tool output must be token ids without \[0\], got"):
         sample(
             [[1]], policy=tiny_policy(), constraints=Constraints(0), num_samples=4, tool=lambda i, z: [3, 0]
         )
@@ -238,7 +238,7 @@ def test_prompt_lookup():
     source = PromptLookup(2)
     texts = [[5, 1, 2, 3, 4, 1, 2], [1, 2, 9, 2], [1], [7, 8], [3, 3, 3]]
     assert source.propose(texts, [3, 3, 3, 3, 2]) == [[3, 4, 1], [9, 2], [], [], [3]]
-    assert Drafts(source).propose(texts, [2, 0, 3, 3, 2], 10, 4) == [[3], [], [], [], [3]]
+    assert Drafts(source).propose(texts, [2, 0, 3, 3, 2], 10, [4]) == [[3], [], [], [], [3]]
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_wrong_drafts_are_refused(source, message):
         propose = staticmethod(source)
 
     with pytest.raises(InputError, match=message):
-        Drafts(Source()).propose([[1], [2]], [9, 9], 13, 0)
+        Drafts(Source()).propose([[1], [2]], [9, 9], 13, [0])
 
 
 @pytest.mark.parametrize("make", [lambda: PromptLookup(0), lambda: Drafts(PromptLookup(), 0)])

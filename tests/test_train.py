@@ -35,8 +35,9 @@ def _weights(policy):
     return {name: p.detach().clone() for name, p in policy.parameters()}
 
 
-@pytest.mark.parametrize("min_length", [0, 1])
-def test_learns_a_known_posterior(tiny_policy, min_length):
+@pytest.mark.parametrize(("min_length", "precision"), [(0, None), (1, None), (0, "bfloat16")])
+def test_learns_a_known_posterior(tiny_policy, min_length, precision):
+    """Whatever the precision of the rollouts."""
     policy = tiny_policy(vocab=4, dtype=torch.float32, scale=2.0, rank=8)
     constraints = Constraints(0, min_length=min_length, max_length=3)
     space = [list(z) for k in range(min_length, 4) for z in product(range(1, 4), repeat=k)]
@@ -49,12 +50,38 @@ def test_learns_a_known_posterior(tiny_policy, min_length):
 
     assert distance().tv > 0.25
     trainer = _trainer(
-        policy, constraints=constraints, prompts=[[1, 2]], steps=150, num_samples=48, learning_rate=2e-2
-    )
+        policy, constraints=constraints, prompts=[[1, 2]], steps=150, num_samples=48, learning_rate=2e-2,
+        rollout_precision=precision,
+    )  # fmt: skip
     for _ in range(150):
         metrics = trainer.step()
     assert distance().tv <= 0.02 and distance().kl_target_to_model <= 1e-3
     assert metrics["log_z"] == pytest.approx(float(log_r.logsumexp(0)), abs=0.02)
+
+
+@pytest.mark.parametrize("convention", ["forced", "own"])
+def test_drift_is_the_distance_of_the_sampler_from_the_score(tiny_policy, convention):
+    def drift(precision):
+        policy = tiny_policy(dtype=torch.float32)
+        constraints = Constraints(0, min_length=1, max_length=8, termination=convention)
+        return _trainer(policy, constraints=constraints, rollout_precision=precision, max_tokens=20).step()[
+            "drift"
+        ]
+
+    assert 0.0 <= drift(None) < 1e-5 < 1e-4 < drift("bfloat16") < 0.1
+
+
+def test_merging_is_given_up_when_it_drifts_and_a_resumed_run_remembers(tiny_policy, tmp_path, monkeypatch):
+    options = dict(rollout_precision="bfloat16", steps=2, constraints=Constraints(0, max_length=8))
+    monkeypatch.setattr("fastgfn.train.MOST_DRIFT", 1e-4)
+    trainer = _trainer(tiny_policy(dtype=torch.float32), **options)
+    with pytest.warns(UserWarning, match="merged weights drift by .* nats per token, more than 0.0001"):
+        trainer.step()
+    assert not trainer.merges and trainer.step()["drift"] < 1e-5
+    trainer.save(tmp_path)
+    resumed = _trainer(tiny_policy(dtype=torch.float32), **options)
+    resumed.resume(tmp_path)
+    assert not resumed.merges
 
 
 def test_resume_is_bit_identical_to_the_uninterrupted_run(tiny_policy, tmp_path):

@@ -144,12 +144,12 @@ def _check_constraints(tree: TokenTree) -> None:
         shortest,
         "drop them: the policy cannot stop there",
     )
-    stops = (tree.tokens == limits.termination_token_id) & (tree.role == Role.ACTION)
+    stops = torch.isin(tree.tokens, torch.tensor(limits.termination_token_ids)) & (tree.role == Role.ACTION)
     checks.check(
         not bool(stops.any()),
         NAME,
         "sequences",
-        f"free of the termination token {limits.termination_token_id}",
+        f"free of the termination tokens {limits.termination_token_ids}",
         f"it at node {int(stops.int().argmax()) if tree.num_nodes else -1}",
         "strip it: stopping is scored by log_pterm",
     )

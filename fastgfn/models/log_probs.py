@@ -31,8 +31,8 @@ def tree_log_probs(model, tree: TokenTree, logit_bias: Tensor | None, no_stop_be
     with phase("head"):
         raw = linear_log_probs(
             hidden[first.rows],
-            targets=tree.tokens[first.nodes],
-            rows=first.index,
+            targets=_targets(tree, first),
+            rows=_rows(tree, first),
             logit_bias=_on(hidden, logit_bias),
             termination_token_id=tree.constraints.termination_token_id,
             **_options(model),
@@ -63,8 +63,8 @@ def paired_log_probs(
         raw, raw_base = policy_reward_log_probs(
             hidden[first.rows],
             base[every.rows],
-            targets=(tree.tokens[first.nodes], tree.tokens[every.nodes]),
-            rows=(first.index, every.index),
+            targets=(_targets(tree, first), _targets(tree, every)),
+            rows=(_rows(tree, first), _rows(tree, every)),
             policy_logit_bias=biases[0],
             reward_logit_bias=biases[1],
             termination_token_id=tree.constraints.termination_token_id,
@@ -88,10 +88,27 @@ def _stream(tree: TokenTree, nodes: Tensor, states: Tensor | None = None) -> _Re
     return _Reads(nodes, needed.nonzero()[:, 0], (needed.cumsum(0) - 1)[parents])
 
 
+def _targets(tree: TokenTree, read: _Reads) -> Tensor:
+    """The tokens of the nodes, then every further termination token for every row."""
+    stops = tree.tokens.new_tensor(tree.constraints.extra_termination_token_ids)
+    return torch.cat([tree.tokens[read.nodes], stops.repeat_interleave(len(read.rows))])
+
+
+def _rows(tree: TokenTree, read: _Reads) -> Tensor:
+    every_row = torch.arange(len(read.rows), device=read.index.device)
+    return torch.cat([read.index, every_row.repeat(len(tree.constraints.extra_termination_token_ids))])
+
+
 def _on_nodes(tree: TokenTree, read: _Reads, raw: LogProbs) -> LogProbs:
+    """From the log-probs of `_targets`; stopping is the sum over all termination tokens."""
     zeros = torch.zeros(tree.num_nodes, dtype=raw.log_pf.dtype, device=raw.log_pf.device)
-    log_pterm = zeros.index_copy(0, read.rows, raw.log_pterm).masked_fill(~tree.is_state, 0.0)
-    return LogProbs(log_pf=zeros.index_copy(0, read.nodes, raw.log_pf), log_pterm=log_pterm)
+    log_pterm = raw.log_pterm
+    if tree.constraints.extra_termination_token_ids:
+        others = raw.log_pf[len(read.nodes) :].view(-1, len(read.rows))
+        log_pterm = torch.cat([log_pterm[None], others]).logsumexp(0)
+    log_pterm = zeros.index_copy(0, read.rows, log_pterm).masked_fill(~tree.is_state, 0.0)
+    log_pf = zeros.index_copy(0, read.nodes, raw.log_pf[: len(read.nodes)])
+    return LogProbs(log_pf=log_pf, log_pterm=log_pterm)
 
 
 def _renormalised(
@@ -101,7 +118,7 @@ def _renormalised(
     if not len(read.nodes):
         return raw
     forbidden = torch.zeros(model.head.weight.shape[0], device=hidden.device)
-    forbidden[tree.constraints.termination_token_id] = -torch.inf
+    forbidden[list(tree.constraints.termination_token_ids)] = -torch.inf
     bias = _on(hidden, logit_bias)
     without_stop = linear_log_probs(
         hidden[read.rows],

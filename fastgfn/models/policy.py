@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastgfn import checks
-from fastgfn.attention import NAME, KeyValues, TreeAttention
+from fastgfn.attention import NAME, TreeAttention
+from fastgfn.models import explicit
 from fastgfn.models.checkpointing import CheckpointedLayer, checkpoint_layers
 from fastgfn.models.linear import Linear, take_over
 from fastgfn.models.log_probs import paired_log_probs, tree_log_probs
@@ -65,7 +66,6 @@ class Policy:
         self._linear = take_over(self._backbone)
         take_over_mlps(self._backbone)
         self._is_checkpointed = False
-        _probe_tree(self)
         # Of one token: the keys and values of all layers.
         self.node_bytes = probe(self)
 

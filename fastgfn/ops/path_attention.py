@@ -35,8 +35,8 @@ def path_attention(
 def path_attention_triton(query, keys, values, path, length, scale, softcap, window):
     from fastgfn.kernels import path_attention as kernels
 
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    return kernels.path_attention(query, keys, values, path, length, scale, softcap, window)
+    query, path = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, path))
+    return kernels.path_attention(query, keys, values, path, length.contiguous(), scale, softcap, window)
 
 
 torch.library.impl("fastgfn::path_attention", "cuda", path_attention_triton)

@@ -60,7 +60,8 @@ class Drawer:
             "position": position.to(device),
         }
         rows = rows.to(device)
-        if self.options.needs_logits or allowed is not None:
+        extra_stops = bool(self.constraints.extra_termination_token_ids)
+        if self.options.needs_logits or extra_stops or allowed is not None:
             draw = self._from_logits(hidden, rows, per_draw, allowed)
         else:
             head = self.head
@@ -99,8 +100,8 @@ class Drawer:
         return position < self.constraints.min_length
 
     def _forbid(self, logits: Tensor, forbid: Tensor) -> None:
-        stop = self.constraints.termination_token_id
-        logits[:, stop] = logits[:, stop].masked_fill(forbid.to(logits.device), -torch.inf)
+        for stop in self.constraints.termination_token_ids:
+            logits[:, stop] = logits[:, stop].masked_fill(forbid.to(logits.device), -torch.inf)
 
     def _parts(self, num_draws: int) -> Sequence[Tensor]:
         size = max(1, LOGIT_BYTES // (4 * self.head.weight.shape[0]))
@@ -142,26 +143,43 @@ class Drawer:
         return logits
 
     def _draw(self, logits: Tensor, per_draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        stop, epsilon = self.constraints.termination_token_id, self.options.epsilon
-        draw = sample_next(
-            logits, seed=self.seed, termination_token_id=stop, **self.options.filters, **per_draw
-        )
-        if not epsilon:
-            return draw.token, draw.log_pf, draw.log_pterm, draw.log_behavior
-        self._forbid(logits, per_draw["forbid_termination"])
-        can_be = logits > -torch.inf
-        flat = torch.where(can_be if self.uniform is None else can_be & self.uniform, 0.0, -torch.inf)
-        keys = {n: per_draw[n] for n in ("trajectory", "position")}
-        uniform = sample_next(flat, seed=_signed(self.seed ^ UNIFORM), **keys)
-        words = philox4x32(_counters(per_draw).cpu(), _signed(self.seed ^ COIN))[:, 0].to(logits.device)
-        token = torch.where(words.double() < epsilon * 2.0**32, uniform.token, draw.token)
-        at = token[:, None]
+        stops = list(self.constraints.termination_token_ids)
+        self._forbid(logits, per_draw.pop("forbid_termination"))
+        draw = sample_next(logits, seed=self.seed, **self.options.filters, **per_draw)
+        token, log_behavior = draw.token, draw.log_behavior
+        if self.options.epsilon:
+            token, log_behavior = self._mixed(logits, per_draw, token)
         log_q = logits.log_softmax(1)
-        tempered = self._tempered(logits / per_draw["temperature"][:, None]).gather(1, at)[:, 0]
-        share = flat.log_softmax(1).gather(1, at)[:, 0]
+        log_pterm = log_q[:, stops].logsumexp(1)
+        is_stop = torch.isin(token, torch.tensor(stops, device=token.device))
+        log_pf = torch.where(is_stop, log_pterm, log_q.gather(1, token[:, None])[:, 0])
+        if len(stops) > 1:
+            # whichever stop was drawn: the density of stopping
+            tempered = self._behavior(logits, per_draw)[:, stops].logsumexp(1)
+            log_behavior = torch.where(is_stop, tempered, log_behavior)
+        return token.masked_fill(is_stop, stops[0]), log_pf, log_pterm, log_behavior
+
+    def _mixed(self, logits: Tensor, per_draw: dict[str, Tensor], token: Tensor) -> tuple[Tensor, Tensor]:
+        """The draw, or in a share of epsilon of all cases a uniform one, and its log-density."""
+        keys = {n: per_draw[n] for n in ("trajectory", "position")}
+        uniform = sample_next(self._flat(logits), seed=_signed(self.seed ^ UNIFORM), **keys).token
+        words = philox4x32(_counters(per_draw).cpu(), _signed(self.seed ^ COIN))[:, 0].to(logits.device)
+        token = torch.where(words.double() < self.options.epsilon * 2.0**32, uniform, token)
+        return token, self._behavior(logits, per_draw).gather(1, token[:, None])[:, 0]
+
+    def _flat(self, logits: Tensor) -> Tensor:
+        can_be = logits > -torch.inf
+        return torch.where(can_be if self.uniform is None else can_be & self.uniform, 0.0, -torch.inf)
+
+    def _behavior(self, logits: Tensor, per_draw: dict[str, Tensor]) -> Tensor:
+        """(K, V) log-density of the draws."""
+        epsilon = self.options.epsilon
+        tempered = self._tempered(logits / per_draw["temperature"][:, None])
+        if not epsilon:
+            return tempered
         rest = math.log1p(-epsilon) if epsilon < 1 else -math.inf
-        mixed = torch.logaddexp(rest + tempered, math.log(epsilon) + share)
-        return token, log_q.gather(1, at)[:, 0], log_q[:, stop], mixed.to(log_q.dtype)
+        mixed = torch.logaddexp(rest + tempered, math.log(epsilon) + self._flat(logits).log_softmax(1))
+        return mixed.to(logits.dtype)
 
     def _tempered(self, z: Tensor) -> Tensor:
         filters = self.options.filters

@@ -8,7 +8,7 @@ changes which tokens are drawn, but for ties within the rounding of the model's 
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,6 +42,13 @@ class Request:
     grammar: Grammar | None = None
     tool: Tool | None = None
     drafts: Drafts | None = None
+    distinct: list[tuple[int, ...]] = field(init=False)  # prompts
+    prompt_of_group: Tensor = field(init=False)  # (G,) int64, places in `distinct`
+
+    def __post_init__(self) -> None:
+        known: dict[tuple[int, ...], int] = {}
+        places = [known.setdefault(tuple(p.tolist()), len(known)) for p in self.prompts]
+        self.prompt_of_group, self.distinct = torch.tensor(places, dtype=torch.int64), list(known)
 
 
 @dataclass(slots=True)
@@ -70,21 +77,14 @@ class Engine:
         self.batch_size = batch_size
         self.max_length = request.constraints.max_length
         self.trajectories = Trajectories(request.prompts, request.group, request.constraints, request.tool)
-        # equal prompts are one
-        known: dict[tuple[int, ...], int] = {}
-        self._prompt_of_group = torch.tensor(
-            [known.setdefault(tuple(p.tolist()), len(known)) for p in request.prompts], dtype=torch.int64
-        )
-        self._distinct = list(known)
         self._reset()
 
     def _reset(self) -> None:
         """An empty batch; every unfinished trajectory waits."""
-        lookahead = 0 if self.request.drafts is None else self.request.drafts.length
-        capacity = self.capacity(self._distinct, self.batch_size, self.max_length, lookahead)
+        capacity = self.capacity(self.request, self.batch_size)
         self.pool = NodePool(capacity)
         self.kv = KeyValues(capacity)
-        self.width = max(map(len, self._distinct)) + self.max_length
+        self.width = max(map(len, self.request.distinct)) + self.max_length
         self.rows: Rows | None = None
         self.alive = torch.zeros(0, dtype=torch.int64)  # trajectories
         self.row_of = torch.zeros(0, dtype=torch.int64)
@@ -93,13 +93,12 @@ class Engine:
         self.waiting = (~self.trajectories.finished).nonzero()[:, 0]
 
     @staticmethod
-    def capacity(
-        prompts: Sequence[Sequence[int]], batch_size: int, max_length: int, lookahead: int = 0
-    ) -> int:
+    def capacity(request: Request, batch_size: int) -> int:
         """Most nodes at a time: the longest prompts that the batch may hold, all its tokens and drafts."""
-        lengths = sorted(map(len, prompts), reverse=True)
+        lengths = sorted(map(len, request.distinct), reverse=True)
+        lookahead = 0 if request.drafts is None else request.drafts.length
         # one prompt more: the next of the queue may be there without a running trajectory
-        return sum(lengths[: batch_size + 1]) + batch_size * (max_length + 2 * lookahead)
+        return sum(lengths[: batch_size + 1]) + batch_size * (request.constraints.max_length + 2 * lookahead)
 
     def run(self) -> Rollouts:
         while len(self.waiting) or len(self.alive):
@@ -118,7 +117,7 @@ class Engine:
         if not len(self.waiting) or (len(self.alive) and room < self.batch_size * REFILL_SHARE):
             return
         new, self.waiting = self.waiting[:room], self.waiting[room:]
-        prompt_of = self._prompt_of_group[self.request.group[new]]
+        prompt_of = self.request.prompt_of_group[self.request.group[new]]
         wanted, place = prompt_of.unique(return_inverse=True)
         rows = self._rows_of_prompts(wanted.tolist())
         first_row = 0 if self.rows is None else len(self.rows)
@@ -130,13 +129,13 @@ class Engine:
         missing = [p for p in wanted if p not in self.resident]
         part: list[int] = []
         for prompt in missing:
-            if part and sum(len(self._distinct[p]) for p in [*part, prompt]) > PREFILL_TOKENS:
+            if part and sum(len(self.request.distinct[p]) for p in [*part, prompt]) > PREFILL_TOKENS:
                 self._prefill(part)
                 part = []
             part.append(prompt)
         if part:
             self._prefill(part)
-        still_waiting = set(self._prompt_of_group[self.request.group[self.waiting]].unique().tolist())
+        still_waiting = set(self.request.prompt_of_group[self.request.group[self.waiting]].unique().tolist())
         found = [self.resident[p] for p in wanted]
         for prompt, rows in zip(wanted, found, strict=True):
             if prompt in still_waiting:
@@ -152,7 +151,7 @@ class Engine:
     def _prefill(self, prompts: list[int]) -> None:
         """Make prompts resident, each held once."""
         device = self.policy.device
-        tree = PrefixTree([self._distinct[p] for p in prompts])
+        tree = PrefixTree([self.request.distinct[p] for p in prompts])
         nodes = self.pool.take(len(tree.tokens))
         self.pool.link(nodes, torch.where(tree.parent >= 0, nodes[tree.parent], -1))
         self.pool.token[nodes] = tree.tokens
@@ -214,8 +213,8 @@ class Engine:
         prefixes = [
             self.pool.token[p[:n].long()].tolist() for p, n in zip(rows.path, rows.length, strict=True)
         ]
-        stop, vocab = self.request.constraints.termination_token_id, self.policy.vocab_size
-        chains = self.request.drafts.propose(prefixes, counts, vocab, stop)
+        stops, vocab = self.request.constraints.termination_token_ids, self.policy.vocab_size
+        chains = self.request.drafts.propose(prefixes, counts, vocab, stops)
         last = torch.arange(len(rows))
         for depth in range(max(map(len, chains))):
             own = [i for i, chain in enumerate(chains) if len(chain) > depth]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 from torch import Tensor
@@ -77,8 +78,8 @@ class Drafts:
         """Share of the offered tokens that were drawn; nan before the first."""
         return self.accepted / self.offered if self.offered else float("nan")
 
-    def propose(self, prefixes, counts, vocab: int, stop: int) -> list[list[int]]:
-        """Checked drafts, cut at the termination token."""
+    def propose(self, prefixes, counts, vocab: int, stops: Sequence[int]) -> list[list[int]]:
+        """Checked drafts, cut at the first termination token."""
         counts = [min(self.length, n) for n in counts]
         found = [list(d) for d in self.source.propose(prefixes, counts)]
         fix = "return one list per prefix"
@@ -87,6 +88,6 @@ class Drafts:
             ok = len(draft) <= count and all(0 <= t < vocab for t in draft)
             want = f"at most {count} ids in [0, {vocab})"
             checks.check(ok, "Drafts", f"drafts[{i}]", want, draft[:20], "use this model's token ids")
-            found[i] = draft[: draft.index(stop)] if stop in draft else draft
+            found[i] = list(takewhile(lambda t: t not in stops, draft))
         self.offered += sum(map(len, found))
         return found

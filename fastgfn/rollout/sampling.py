@@ -55,9 +55,8 @@ def sample(
         drafts: guesses of the next tokens, verified in the same passes. They change no draw; the acceptance
             is counted in the object.
         seed, first_trajectory: the noise of trajectory i is keyed by (seed, first_trajectory + i).
-        batch_size: most trajectories that run at a time; None: 512, or what half of the free memory holds. It
-            does not change the draws. Keys and values take at most (batch_size * max_length + the prompts of
-            batch_size + 1 trajectories) * `policy.node_bytes`.
+        batch_size: most trajectories that run at a time; None: 512, or what half of the free memory holds.
+            Keys and values take `policy.node_bytes` per token: batch_size * max_length and the prompts.
         merge: draw with the adapter merged into copies of the weights: faster, for a copy of the linear
             layers. In 16 bits merging rounds small adapters; compare `log_pf` with the score's.
         precision: dtype of those copies, e.g. torch.bfloat16 under a float32 policy; None: the base's. What
@@ -75,22 +74,23 @@ def sample(
     options = SamplingOptions() if options is None else options
     prompts = tuple(as_int64(p) for p in prompts)
     check_prompts(prompts, policy, constraints)
-    checks.check(num_samples >= 1, "sample", "num_samples", ">= 1", num_samples, "raise it")
-    total = len(prompts) * num_samples
-    temperature = _temperatures(temperature, total)
-    checks.check(-(2**63) <= seed < 2**63, "sample", "seed", "a 64-bit integer", seed, "choose a smaller one")
-    _check_prefixes(options.prefixes, total, policy.vocab_size, constraints)
-    lookahead = 0 if drafts is None else drafts.length
-    batch_size = _batch_size(batch_size, policy, prompts, total, constraints.max_length, lookahead)
+    _check_numbers(num_samples, seed, merge, precision)
     group = torch.arange(len(prompts)).repeat_interleave(num_samples)
-    request = Request(
-        prompts, group, constraints, temperature, first_trajectory, options.prefixes, grammar, tool, drafts
-    )
-    engine = Engine(policy, request, Drawer(policy, constraints, options, seed), batch_size)
-    checks.check(merge or precision is None, "sample", "precision", "None without merge", precision, "merge")
+    temperature = _temperatures(temperature, len(group))
+    _check_prefixes(options.prefixes, len(group), policy.vocab_size, constraints)
+    hooks = (options.prefixes, grammar, tool, drafts)
+    request = Request(prompts, group, constraints, temperature, first_trajectory, *hooks)
+    drawer = Drawer(policy, constraints, options, seed)
+    engine = Engine(policy, request, drawer, _batch_size(batch_size, policy, request))
     pays = constraints.max_length >= MERGE_FROM or precision is not None
     with policy.merged(precision) if merge and pays else contextlib.nullcontext():
         return engine.run()
+
+
+def _check_numbers(num_samples: int, seed: int, merge: bool, precision: torch.dtype | None) -> None:
+    checks.check(num_samples >= 1, "sample", "num_samples", ">= 1", num_samples, "raise it")
+    checks.check(-(2**63) <= seed < 2**63, "sample", "seed", "a 64-bit integer", seed, "choose a smaller one")
+    checks.check(merge or precision is None, "sample", "precision", "None without merge", precision, "merge")
 
 
 def _temperatures(temperature: float | Tensor, total: int) -> Tensor:
@@ -108,28 +108,21 @@ def _check_prefixes(prefixes, total: int, vocab: int, constraints: Constraints) 
         return
     fix = "give one list of tokens per trajectory, empty for none"
     checks.check(len(prefixes) == total, "sample", "prefixes", f"{total} lists", len(prefixes), fix)
-    stop, longest = constraints.termination_token_id, constraints.max_length
+    stops, longest = constraints.termination_token_ids, constraints.max_length
     for i, prefix in enumerate(prefixes):
-        ok = len(prefix) <= longest and all(0 <= t < vocab and t != stop for t in prefix)
-        want = f"at most {longest} ids in [0, {vocab}) without {stop}"
+        ok = len(prefix) <= longest and all(0 <= t < vocab and t not in stops for t in prefix)
+        want = f"at most {longest} ids in [0, {vocab}) without {list(stops)}"
         checks.check(
             ok, "sample", f"prefixes[{i}]", want, list(prefix)[:20], "shorten it, or use this model's ids"
         )
 
 
-def _batch_size(
-    batch_size: int | None,
-    policy: Policy,
-    prompts: Sequence[Tensor],
-    total: int,
-    max_length: int,
-    lookahead: int,
-) -> int:
+def _batch_size(batch_size: int | None, policy: Policy, request: Request) -> int:
     """The batch size asked for, if its keys and values fit, or the largest up to BATCH_SIZE."""
-    lengths = [range(len(p)) for p in prompts]
+    total = len(request.group)
 
     def num_bytes(size: int) -> int:
-        return Engine.capacity(lengths, size, max_length, lookahead) * policy.node_bytes
+        return Engine.capacity(request, size) * policy.node_bytes
 
     free = policy.free_bytes()
     fits = [size for size in (2**i for i in range(1, 10)) if num_bytes(size) <= MEMORY_SHARE * free]
@@ -149,11 +142,11 @@ def check_prompts(prompts: Sequence[Tensor], policy: Policy, constraints: Constr
     checks.check(len(prompts) > 0, "sample", "prompts", "at least one prompt", 0, "pass a list of token ids")
     vocab = policy.vocab_size
     checks.check(
-        constraints.termination_token_id < vocab,
+        max(constraints.termination_token_ids) < vocab,
         "sample",
         "termination_token_id",
         f"in [0, {vocab})",
-        constraints.termination_token_id,
+        max(constraints.termination_token_ids),
         "pass a token id of this model's vocabulary",
     )
     if constraints.logit_bias is not None:

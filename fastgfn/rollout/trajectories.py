@@ -71,16 +71,17 @@ class Trajectories:
         return going
 
     def _ask_tool(self, alive: Tensor) -> None:
-        stop = self.constraints.termination_token_id
+        stops = self.constraints.termination_token_ids
         for i in alive.tolist():
             if self._observations.get(i):
                 continue
             self._observations.pop(i, None)
             found = self.tool(i, self.sequence(i)) if self.is_action[i, self.lengths[i] - 1] else None
             if found:
-                fix = "leave the termination token out of tool output"
-                ok = all(t >= 0 and t != stop for t in found)
-                checks.check(ok, "sample", "tool output", f"token ids without {stop}", list(found)[:20], fix)
+                fix = "leave termination tokens out of tool output"
+                ok = all(t >= 0 and t not in stops for t in found)
+                want = f"token ids without {list(stops)}"
+                checks.check(ok, "sample", "tool output", want, list(found)[:20], fix)
                 self._observations[i] = deque(found)
 
     def restart(self, trajectories: Tensor) -> None:
