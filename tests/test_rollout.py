@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -192,6 +194,32 @@ def test_refuses_bad_input(tiny_policy, prompts, options, message):
     defaults = dict(constraints=Constraints(0, max_length=6), num_samples=2)
     with pytest.raises(InputError, match=message):
         sample(prompts, policy=tiny_policy(), **(defaults | options))
+
+
+@pytest.mark.parametrize(
+    "others", [dict(bos_token_id=1, eos_token_id=0), dict(bos_token_id=None, eos_token_id=9)]
+)
+def test_a_prompt_of_pad_tokens_is_refused_where_they_only_pad(tiny_policy, others):
+    policy, options = tiny_policy(), dict(constraints=Constraints(0, max_length=6), num_samples=1)
+    policy.tokenizer = SimpleNamespace(pad_token_id=9, **others)
+    sample([[9, 1]], policy=policy, **options)
+    if 9 in others.values():
+        sample([[9]], policy=policy, **options)
+    else:
+        with pytest.raises(
+            InputError, match=r"prompts\[1\] must be text, got pad tokens alone; pass prompts"
+        ):
+            sample([[1], [9, 9]], policy=policy, **options)
+
+
+@pytest.mark.parametrize("kind", ["mask", "below_min_length"])
+def test_a_mask_that_forbids_everything_is_refused(tiny_policy, kind):
+    bias = torch.full((13,), -torch.inf)
+    if kind == "below_min_length":
+        bias[0] = 0.0
+    constraints = Constraints(0, min_length=1, max_length=3, logit_bias=bias)
+    with pytest.raises(InputError, match="a token above -inf per row|widen the vocabulary mask"):
+        sample([[1]], policy=tiny_policy(), constraints=constraints, num_samples=1)
 
 
 def test_constraints_refuse_contradicting_limits():

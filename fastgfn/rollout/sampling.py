@@ -137,6 +137,12 @@ def _batch_size(batch_size: int | None, policy: Policy, request: Request) -> int
     return size
 
 
+def _pad_token_id(policy: Policy) -> int | None:
+    """The token that only pads; None if there is none, or if it also begins or ends texts."""
+    found = [getattr(policy.tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+    return None if found[0] in found[1:] else found[0]
+
+
 def check_prompts(prompts: Sequence[Tensor], policy: Policy, constraints: Constraints) -> None:
     """Refuse prompts and constraints that do not fit the model, before any work is done."""
     checks.check(len(prompts) > 0, "sample", "prompts", "at least one prompt", 0, "pass a list of token ids")
@@ -151,7 +157,7 @@ def check_prompts(prompts: Sequence[Tensor], policy: Policy, constraints: Constr
     )
     if constraints.logit_bias is not None:
         checks.check_shape("sample", "logit_bias", constraints.logit_bias, (vocab,), "one entry per token id")
-    limit = policy.max_positions
+    limit, pad = policy.max_positions, _pad_token_id(policy)
     for g, prompt in enumerate(prompts):
         checks.check(
             prompt.dim() == 1 and len(prompt) > 0,
@@ -170,6 +176,9 @@ def check_prompts(prompts: Sequence[Tensor], policy: Policy, constraints: Constr
             (low, high),
             "use this model's tokenizer",
         )
+        fix = "pass prompts without padding, of any length each"
+        only_pad = pad is not None and low == high == pad
+        checks.check(not only_pad, "sample", f"prompts[{g}]", "text", "pad tokens alone", fix)
         longest = len(prompt) + constraints.max_length
         checks.check(
             limit is None or longest <= limit,
