@@ -22,6 +22,7 @@ setup(
         "fastgfn.models",
         "fastgfn.rollout",
         "fastgfn.tasks",
+        "fastgfn.integrations",
         "fastgfn.cli",
     ]
     + ["fastgfn.kernels"],

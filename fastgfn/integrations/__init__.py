@@ -1,0 +1,4 @@
+"""Adapters to other packages, each imported where it is used.
+
+grammars.py      grammars of llguidance and xgrammar for `sample`
+"""
