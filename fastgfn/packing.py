@@ -22,7 +22,12 @@ def pack(rollouts: Rollouts, *, device: torch.device | str | None = None) -> Tok
 
     Trees are built on the host (T depends on the data) and then moved to `device`. Expected O(total tokens).
     What a tool returned becomes observation nodes.
+
+    Raises:
+        InputError: the rollouts were drawn under a grammar.
     """
+    fix = "score would not be the policy that drew them; constrain training by logit_bias and lengths"
+    checks.check(not rollouts.has_grammar, "pack", "rollouts", "drawn without a grammar", "one", fix)
     is_action = rollouts.is_action
     roles = (
         None if is_action is None else torch.where(is_action, Role.ACTION, Role.OBSERVATION).to(torch.int8)

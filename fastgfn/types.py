@@ -108,6 +108,7 @@ class Rollouts:
     terminated: (N,) bool, the sequence drew the termination token (False: max_length ended it), or None.
     is_action: (N, L) bool, tokens that the policy chose; False on what a tool returned and past `lengths`.
         None: every token is an action.
+    has_grammar: drawn under a grammar, whose q `score` does not compute.
     """
 
     prompts: tuple[Tensor, ...]
@@ -120,6 +121,7 @@ class Rollouts:
     log_pterm: Tensor | None = None
     terminated: Tensor | None = None
     is_action: Tensor | None = None
+    has_grammar: bool = False
 
     @property
     def num_trajectories(self) -> int:
@@ -146,6 +148,7 @@ class Rollouts:
             torch.cat([self.log_behavior, other.log_behavior]),
             self.constraints,
             is_action=is_action,
+            has_grammar=self.has_grammar or other.has_grammar,
         )
 
     def action_mask(self) -> Tensor:

@@ -76,7 +76,9 @@ class Engine:
         self.drawer = drawer
         self.batch_size = batch_size
         self.max_length = request.constraints.max_length
-        self.trajectories = Trajectories(request.prompts, request.group, request.constraints, request.tool)
+        self.trajectories = Trajectories(
+            request.prompts, request.group, request.constraints, request.tool, request.grammar is not None
+        )
         self._reset()
 
     def _reset(self) -> None:

@@ -16,12 +16,18 @@ class Trajectories:
     """N trajectories on the host: tokens (N, L), lengths, finished (N,), and the log-probs of Rollouts."""
 
     def __init__(
-        self, prompts: Sequence[Tensor], group: Tensor, constraints: Constraints, tool: Tool | None
+        self,
+        prompts: Sequence[Tensor],
+        group: Tensor,
+        constraints: Constraints,
+        tool: Tool | None,
+        has_grammar: bool,
     ) -> None:
         self.prompts = tuple(prompts)
         self.group = group
         self.constraints = constraints
         self.tool = tool
+        self.has_grammar = has_grammar
         total, longest = len(group), constraints.max_length
         self.tokens = torch.zeros(total, longest, dtype=torch.int64)
         self.lengths = torch.zeros(total, dtype=torch.int64)
@@ -105,4 +111,5 @@ class Trajectories:
             log_pterm=self.log_pterm[done],
             terminated=self.terminated[done],
             is_action=self.is_action[done],
+            has_grammar=self.has_grammar,
         )
