@@ -94,6 +94,11 @@ class Policy:
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
+    def has_static_step(self) -> bool:
+        """Whether a decoding step reads no value on the host, so that a CUDA graph may hold it."""
+        return self._takes_function
+
+    @property
     def num_linear_weights(self) -> int:
         """Weights of the base's linear layers, quantised ones too, head and embeddings not among them."""
         return sum(

@@ -1,7 +1,8 @@
 """Stage 1: prompts -> Rollouts.
 
 sampling.py      `sample`: the request, checked, and its memory
-engine.py        the running batch
+engine.py        the running batch, a row per distinct prefix
+static.py        the running batch on a GPU, a slot per trajectory; slots.py is its state and its step
 trajectories.py  what was drawn
 draws.py         the next token of every trajectory of a step
 nodes.py         which nodes of the growing token tree exist

@@ -50,8 +50,7 @@ class Drawer:
         allowed: Tensor | None = None,  # (K, V) bool, of a grammar
     ) -> Draw:
         """A Draw on the CPU, each field (K,)."""
-        fix = "the weights have diverged: lower learning_rate or set max_grad_norm"
-        checks.check(bool(hidden.isfinite().all()), "sample", "hidden states", "finite", "nan or inf", fix)
+        check_finite(bool(hidden.isfinite().all()))
         device = hidden.device
         per_draw = {
             "temperature": temperature.to(device),
@@ -64,24 +63,29 @@ class Drawer:
         if self.options.needs_logits or extra_stops or allowed is not None:
             draw = self._from_logits(hidden, rows, per_draw, allowed)
         else:
-            head = self.head
-            draw = sample_next_from_hidden(
-                hidden,
-                head.weight,
-                bias=head.bias,
-                logit_bias=self.logit_bias,
-                logit_scale=head.logit_scale,
-                final_logit_softcap=head.softcap,
-                termination_token_id=self.constraints.termination_token_id,
-                seed=self.seed,
-                rows=rows,
-                **per_draw,
-            )
+            draw = self.from_hidden(hidden, seed=self.seed, rows=rows, **per_draw)
         draw = Draw(*(x.cpu() for x in (draw.token, draw.log_pf, draw.log_pterm, draw.log_behavior)))
         # A GPU cannot refuse a row without tokens; it marks the draw.
-        want, fix = "a token left in every row", "widen the vocabulary mask"
-        checks.check(bool((draw.token >= 0).all()), "sample", "logits", want, "none or nan", fix)
+        check_drawn(bool((draw.token >= 0).all()))
         return draw
+
+    def from_hidden(self, hidden: Tensor, *, seed: int | Tensor, **per_draw: Tensor) -> Draw:
+        """Draws of the policy as it is, on the device of `hidden`; on CUDA the host neither waits nor checks.
+
+        per_draw: those of `sample_next_from_hidden`.
+        """
+        head = self.head
+        return sample_next_from_hidden(
+            hidden,
+            head.weight,
+            bias=head.bias,
+            logit_bias=self.logit_bias,
+            logit_scale=head.logit_scale,
+            final_logit_softcap=head.softcap,
+            termination_token_id=self.constraints.termination_token_id,
+            seed=seed,
+            **per_draw,
+        )
 
     def log_pf(
         self, hidden: Tensor, rows: Tensor, tokens: Tensor, position: Tensor, allowed: Tensor | None
@@ -186,6 +190,16 @@ class Drawer:
         if any(value is not None for value in filters.values()):
             z = z.masked_fill(~kept(z, *filters.values()), -torch.inf)
         return z.log_softmax(1)
+
+
+def check_finite(ok: bool) -> None:
+    fix = "the weights have diverged: lower learning_rate or set max_grad_norm"
+    checks.check(ok, "sample", "hidden states", "finite", "nan or inf", fix)
+
+
+def check_drawn(ok: bool) -> None:
+    fix = "widen the vocabulary mask"
+    checks.check(ok, "sample", "logits", "a token left in every row", "none or nan", fix)
 
 
 def _counters(per_draw: dict[str, Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastgfn import checks
 from fastgfn.attention import KeyValues, PathAttention, TreeAttention
 from fastgfn.models import Policy
 from fastgfn.ops.attention import TreeMask
@@ -128,15 +129,7 @@ class Engine:
         self.row_of = torch.cat([self.row_of, first_row + place])
 
     def _rows_of_prompts(self, wanted: list[int]) -> Rows:
-        missing = [p for p in wanted if p not in self.resident]
-        part: list[int] = []
-        for prompt in missing:
-            if part and sum(len(self.request.distinct[p]) for p in [*part, prompt]) > PREFILL_TOKENS:
-                self._prefill(part)
-                part = []
-            part.append(prompt)
-        if part:
-            self._prefill(part)
+        self._prefill_missing(wanted)
         still_waiting = set(self.request.prompt_of_group[self.request.group[self.waiting]].unique().tolist())
         found = [self.resident[p] for p in wanted]
         for prompt, rows in zip(wanted, found, strict=True):
@@ -148,6 +141,17 @@ class Engine:
         for rows in found[1:]:
             out = out.extended(rows)
         return out
+
+    def _prefill_missing(self, wanted: list[int]) -> None:
+        """Make these prompts resident, PREFILL_TOKENS at a time."""
+        part: list[int] = []
+        for prompt in [p for p in wanted if p not in self.resident]:
+            if part and sum(len(self.request.distinct[p]) for p in [*part, prompt]) > PREFILL_TOKENS:
+                self._prefill(part)
+                part = []
+            part.append(prompt)
+        if part:
+            self._prefill(part)
 
     @phase("prefill")
     def _prefill(self, prompts: list[int]) -> None:
@@ -314,6 +318,10 @@ class OutOfMemory(RuntimeError):
         self.rollouts = rollouts
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """The error or one that led to it: running out while a graph is captured makes the capture fail."""
+    if error is None or isinstance(error, checks.InputError):
+        return False
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+    known = known or "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
+    return known or _is_out_of_memory(error.__context__)

@@ -13,6 +13,7 @@ from fastgfn.rollout.draws import Drawer
 from fastgfn.rollout.engine import Engine, Request
 from fastgfn.rollout.hooks import Drafts, Grammar, Tool
 from fastgfn.rollout.options import SamplingOptions
+from fastgfn.rollout.static import StaticEngine
 from fastgfn.types import Constraints, Rollouts, as_int64
 
 # Merging the adapter costs one pass over the weights, which this many decode steps without it repay.
@@ -81,10 +82,23 @@ def sample(
     hooks = (options.prefixes, grammar, tool, drafts)
     request = Request(prompts, group, constraints, temperature, first_trajectory, *hooks)
     drawer = Drawer(policy, constraints, options, seed)
-    engine = Engine(policy, request, drawer, _batch_size(batch_size, policy, request))
+    engine = _engine(policy, request, drawer, batch_size)
     pays = constraints.max_length >= MERGE_FROM or precision is not None
     with policy.merged(precision) if merge and pays else contextlib.nullcontext():
         return engine.run()
+
+
+def _engine(policy: Policy, request: Request, drawer: Drawer, batch_size: int | None) -> Engine:
+    kind = choose_engine(policy, request, drawer)
+    return kind(policy, request, drawer, _batch_size(batch_size, policy, request, kind))
+
+
+def choose_engine(policy: Policy, request: Request, drawer: Drawer) -> type[Engine]:
+    """Slots on a GPU, wherever a step can be told without looking at what the last one drew."""
+    hooks = (request.prefixes, request.grammar, request.tool, request.drafts)
+    looks = any(hook is not None for hook in hooks) or drawer.options.needs_logits
+    is_static = policy.device.type == "cuda" and policy.has_static_step and not looks
+    return StaticEngine if is_static else Engine
 
 
 def _check_numbers(num_samples: int, seed: int, merge: bool, precision: torch.dtype | None) -> None:
@@ -117,12 +131,12 @@ def _check_prefixes(prefixes, total: int, vocab: int, constraints: Constraints) 
         )
 
 
-def _batch_size(batch_size: int | None, policy: Policy, request: Request) -> int:
+def _batch_size(batch_size: int | None, policy: Policy, request: Request, kind: type[Engine]) -> int:
     """The batch size asked for, if its keys and values fit, or the largest up to BATCH_SIZE."""
     total = len(request.group)
 
     def num_bytes(size: int) -> int:
-        return Engine.capacity(request, size) * policy.node_bytes
+        return kind.capacity(request, size) * policy.node_bytes
 
     free = policy.free_bytes()
     fits = [size for size in (2**i for i in range(1, 10)) if num_bytes(size) <= MEMORY_SHARE * free]

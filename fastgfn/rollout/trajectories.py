@@ -90,6 +90,26 @@ class Trajectories:
                 checks.check(ok, "sample", "tool output", want, list(found)[:20], fix)
                 self._observations[i] = deque(found)
 
+    def finish(
+        self,
+        trajectories: Tensor,  # (K,) int64
+        tokens: Tensor,  # (K, L)
+        lengths: Tensor,  # (K,)
+        terminated: Tensor,  # (K,) bool
+        log_behavior: Tensor,  # (K,)
+        log_pf: Tensor,  # (K, L)
+        log_pterm: Tensor,  # (K, L + 1)
+    ) -> None:
+        """Take over whole trajectories, each ended by a draw or by max_length."""
+        longest, own = self.constraints.max_length, trajectories
+        if self.constraints.termination == "forced":
+            log_pterm = log_pterm.clone()
+            log_pterm[:, longest] = log_pterm[:, longest].masked_fill(~terminated, 0.0)
+        self.tokens[own], self.lengths[own], self.terminated[own] = tokens, lengths, terminated
+        self.log_behavior[own], self.log_pf[own], self.log_pterm[own] = log_behavior, log_pf, log_pterm
+        self.is_action[own] = torch.arange(longest) < lengths[:, None]
+        self.finished[own] = True
+
     def restart(self, trajectories: Tensor) -> None:
         """Forget what these have drawn."""
         self.lengths[trajectories] = 0
