@@ -1,9 +1,14 @@
-"""Slots and steps of static shape: the same draws as the engine that shares rows, no value read by a step."""
+"""A slot per trajectory: the same draws as the engine that shares rows, through refills, moves and errors."""
+
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastgfn.rollout import sample, sampling, static
+from fastgfn.checks import InputError
+from fastgfn.rollout import OutOfMemory, SamplingOptions, engine, sample, sampling, static
+from fastgfn.rollout.draws import Drawer
 from fastgfn.types import Constraints
 
 PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 4, 6], [1], [4, 5]]
@@ -53,3 +58,225 @@ def test_draws_are_those_of_the_other_engine(tiny_policy, by_slots, batch_size, 
     assert_same(got, want)
     assert len({tuple(s) for s in want.sequences()}) > 10 and len(set(want.lengths.tolist())) > 3
     assert made.pool.num_taken == 0 and not made.resident
+
+
+CONSTRAINTS = {
+    "one token": Constraints(0, max_length=1),
+    "fixed length": Constraints(0, 4, 4),
+    "long enough": Constraints(0, 3, 5),
+    "own termination": Constraints(0, 2, 5, termination="own"),
+    "masked": Constraints(0, 1, 5, logit_bias=torch.where(torch.arange(13) < 9, 0.0, -99.0)),
+}
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_limits(tiny_policy, by_slots, name):
+    options = dict(policy=tiny_policy(), constraints=CONSTRAINTS[name], num_samples=6, seed=2)
+    want = sample(PROMPTS, **options)
+    assert_same(by_slots(PROMPTS, batch_size=5, poll_every=2, first_trajectory=0, **options)[0], want)
+    assert name in ("one token", "fixed length") or want.terminated.any() and not want.terminated.all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_order_of_the_queue_and_the_numbers_of_trajectories_do_not_matter(
+    tiny_policy, by_slots, family, seed
+):
+    torch.manual_seed(seed)
+    options = dict(policy=tiny_policy(family=family), constraints=Constraints(0, max_length=6), num_samples=4)
+    options |= dict(seed=-3, first_trajectory=2**40)
+    want = sample(PROMPTS, **options)
+    got, (made,) = by_slots(PROMPTS, batch_size=3, poll_every=2, shuffle=True, **options)
+    assert_same(got, want)
+    assert made.pool.num_taken == 0
+
+
+@pytest.mark.parametrize("poll_every", [1, 2, 3])
+@pytest.mark.parametrize("num_samples", [5, 10])
+def test_few_running_slots_go_on_in_a_smaller_bucket(tiny_policy, by_slots, num_samples, poll_every):
+    # likelier terminations, so that lengths spread
+    bias = torch.zeros(13).index_fill_(0, torch.tensor([0]), 0.7)
+    constraints = Constraints(0, max_length=20, logit_bias=bias)
+    options = dict(policy=tiny_policy(), constraints=constraints, num_samples=num_samples)
+    want = sample(PROMPTS, seed=1, **options)
+    got, (made,) = by_slots(PROMPTS, seed=1, poll_every=poll_every, **options)
+    assert_same(got, want)
+    assert made.num_moves >= (2 if poll_every < 3 else 1) and made.size < len(made.slots)
+    # every slot kept nodes of its own
+    assert made.running.first.unique().numel() == made.size == len(made.running)
+    whole, (made,) = by_slots(PROMPTS, seed=1, poll_every=poll_every, least_moved=64, **options)
+    assert_same(whole, want)
+    assert made.num_moves == 0
+
+
+def test_buckets():
+    assert [static.bucket(n) for n in (1, 2, 3, 9, 500, 512, 513, 1025)] == [
+        1,
+        2,
+        4,
+        16,
+        512,
+        512,
+        1024,
+        1536,
+    ]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Tokens of every forward pass, by kind of attention."""
+    from fastgfn.models import Policy
+
+    seen, hidden = [], Policy.hidden
+
+    def counted(self, tokens, position, attention):
+        seen.append((type(attention).__name__, len(tokens)))
+        return hidden(self, tokens, position, attention)
+
+    monkeypatch.setattr(Policy, "hidden", counted)
+    return seen
+
+
+def prefilled(passes):
+    return [count for kind, count in passes if kind == "TreeAttention"]
+
+
+def test_prompts_are_computed_once_and_steps_have_one_shape(tiny_policy, by_slots, passes):
+    policy = tiny_policy()
+    options = dict(policy=policy, constraints=Constraints(0, max_length=6), num_samples=8)
+    for batch_size, parts in ((None, [7]), (4, None)):
+        del passes[:]
+        by_slots(PROMPTS, batch_size=batch_size, least_moved=64, **options)
+        assert prefilled(passes) == parts or parts is None and sum(prefilled(passes)) <= 10
+        steps = {count for kind, count in passes if kind == "PathAttention"}
+        assert steps == {64 if batch_size is None else batch_size}
+
+
+def test_a_prompt_is_forgotten_where_the_pool_is_full_and_computed_again(tiny_policy, by_slots, passes):
+    """Three prompts of three tokens that come in turns, in a pool of two."""
+    prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9]] * 3
+    options = dict(policy=tiny_policy(), constraints=Constraints(0, max_length=2), num_samples=1)
+    want = sample(prompts, batch_size=9, **options)
+    del passes[:]
+    got, (made,) = by_slots(prompts, batch_size=1, **options)
+    assert_same(got, want)
+    assert 9 < sum(prefilled(passes)) < 27 and made.first_node == 6
+
+
+def test_prompts_are_prefilled_together(tiny_policy, by_slots, passes):
+    """A slot that becomes free waits for a quarter of the batch before a new prompt is computed."""
+    prompts = [[i, j] for i in range(1, 9) for j in range(1, 9)]
+    options = dict(policy=tiny_policy(), constraints=Constraints(0, max_length=6), num_samples=1)
+    want = sample(prompts, **options)
+    del passes[:]
+    got, _ = by_slots(prompts, batch_size=16, poll_every=1, **options)
+    assert_same(got, want)
+    # 64 prompts in parts of at least 4 after the first 16
+    assert 3 < len(prefilled(passes)) <= 13
+
+
+def test_states_that_are_not_finite_are_refused_at_the_next_look(tiny_policy, by_slots, monkeypatch):
+    from fastgfn.models import Policy
+
+    policy, constraints = tiny_policy(), Constraints(0, 4, 6)
+    message = "sample: hidden states must be finite, got nan or inf; the weights have diverged: lower"
+    hidden, seen = Policy.hidden, []
+
+    def diverges(self, *args):
+        seen.append(args)
+        out = hidden(self, *args)
+        return out.index_fill(0, torch.tensor([0]), torch.nan) if len(seen) == 2 else out
+
+    monkeypatch.setattr(Policy, "hidden", diverges)
+    with pytest.raises(InputError, match=message):
+        by_slots(PROMPTS, policy=policy, constraints=constraints, num_samples=2)
+    del seen[:]
+    with pytest.raises(InputError, match=message):
+        sample(PROMPTS, policy=policy, constraints=constraints, num_samples=2)
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["cpu", "cuda"])
+def test_a_mask_that_leaves_nothing_is_refused(tiny_policy, by_slots, monkeypatch, marked):
+    """Also where the draw says so by -1, as on CUDA; such a token must not reach the embedding."""
+    constraints = Constraints(0, 1, 6, logit_bias=torch.full((13,), -torch.inf))
+    message = "logits must be "
+    if marked:
+        drawn = Drawer.from_hidden
+
+        def bad(self, hidden, *, position, **options):
+            draw = drawn(self, hidden, position=position, **options)
+            return replace(draw, token=draw.token.masked_fill(position == 2, -1))
+
+        monkeypatch.setattr(Drawer, "from_hidden", bad)
+        constraints = Constraints(0, 4, 6)
+        message = (
+            "sample: logits must be a token left in every row, got none or nan; widen the vocabulary mask"
+        )
+    with pytest.raises(InputError, match=message):
+        by_slots(PROMPTS, policy=tiny_policy(), constraints=constraints, num_samples=2)
+
+
+def test_out_of_memory(tiny_policy, by_slots, monkeypatch):
+    """The unfinished start again in half the batch; the last error holds what was finished."""
+    from fastgfn.models import Policy
+
+    policy, options = tiny_policy(), dict(constraints=Constraints(0, max_length=6), num_samples=6, seed=4)
+    want = sample(PROMPTS, policy=policy, **options)
+    hidden, left = Policy.hidden, SimpleNamespace(passes=9, always=False)
+
+    def fails_later(self, tokens, *rest):
+        left.passes -= 1
+        if left.passes < 0 and (len(tokens) > 5 or left.always):
+            raise torch.OutOfMemoryError("no room")
+        return hidden(self, tokens, *rest)
+
+    monkeypatch.setattr(Policy, "hidden", fails_later)
+    with pytest.warns(UserWarning, match="out of memory, going on with batch_size="):
+        got, (made,) = by_slots(PROMPTS, policy=policy, batch_size=8, **options)
+    assert_same(got, want)
+    assert made.batch_size == 4 and made.size <= 4
+    left.passes, left.always = 9, True
+    with pytest.raises(OutOfMemory, match="one trajectory running") as error, pytest.warns(UserWarning):
+        by_slots(PROMPTS, policy=policy, batch_size=2, **options)
+    found = error.value.rollouts
+    assert 0 < found.num_trajectories < want.num_trajectories
+    assert all(sequence in want.sequences() for sequence in found.sequences())
+
+
+def test_running_out_while_a_graph_is_captured_counts_as_running_out():
+    try:
+        try:
+            raise torch.OutOfMemoryError("no room")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        assert engine._is_out_of_memory(error)
+    assert not engine._is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_memory_is_predicted_for_whole_buckets(tiny_policy, by_slots, monkeypatch):
+    policy, constraints = tiny_policy(), Constraints(0, max_length=6)
+    # the pool of 16 slots and prompts of 3 + 2 tokens
+    monkeypatch.setattr(type(policy), "free_bytes", lambda self: policy.node_bytes * (16 * 6 + 5))
+    options = dict(policy=policy, constraints=constraints, num_samples=40)
+    with pytest.raises(InputError, match="batch_size must be so small that its keys and values fit"):
+        by_slots([[1, 2, 3], [4, 5]], batch_size=17, **options)
+    _, (made,) = by_slots([[1, 2, 3], [4, 5]], batch_size=9, **options)
+    assert made.size <= len(made.slots) == 16
+    _, (made,) = by_slots([[1, 2, 3], [4, 5]], **options)
+    assert len(made.slots) == 4  # half of the free memory
+
+
+def test_which_engine_samples(tiny_policy):
+    def choice(device="cuda", is_static=True, options=None, **hooks):
+        policy = SimpleNamespace(device=torch.device(device), has_static_step=is_static)
+        request = SimpleNamespace(prefixes=None, grammar=None, tool=None, drafts=None)
+        vars(request).update(hooks)
+        drawer = SimpleNamespace(options=options or SamplingOptions())
+        return sampling.choose_engine(policy, request, drawer)
+
+    assert choice() is static.StaticEngine
+    others = [choice("cpu"), choice(is_static=False), choice(options=SamplingOptions(epsilon=0.1))]
+    others += [choice(options=SamplingOptions(top_k=2))]
+    others += [choice(**{hook: object()}) for hook in ("prefixes", "grammar", "tool", "drafts")]
+    assert set(others) == {engine.Engine}

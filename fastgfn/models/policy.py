@@ -66,8 +66,8 @@ class Policy:
         self._linear = take_over(self._backbone)
         take_over_mlps(self._backbone)
         self._is_checkpointed = False
-        # Of one token: the keys and values of all layers.
-        self.node_bytes = probe(self)
+        # Of one token: the keys and values of all layers. And whether CUDA graphs may hold a decoding step.
+        self.node_bytes, self.has_static_step = probe(self)
 
     @property
     def reference(self) -> "Reference":
@@ -92,11 +92,6 @@ class Policy:
     @property
     def max_positions(self) -> int | None:
         return getattr(self.config, "max_position_embeddings", None)
-
-    @property
-    def has_static_step(self) -> bool:
-        """Whether a decoding step reads no value on the host, so that a CUDA graph may hold it."""
-        return self._takes_function
 
     @property
     def num_linear_weights(self) -> int:

@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastgfn import checks
 from fastgfn.attention import NAME, KeyValues, PathAttention, TreeAttention
@@ -10,11 +12,34 @@ from fastgfn.ops.attention import TreeMask
 FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, GPT-2, GPT-J, GPT-NeoX, OPT or Phi"
 # Kinds of layers, as configurations name them.
 LOCAL = {"local", "sliding_attention"}
+READ_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes, in `found`, the ops of its block that hand values to the host, as no CUDA graph can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        reads = not READ_TAGS.isdisjoint(func.tags)
+        if func.overloadpacket in INDEXING:
+            # only with a mask, which the tags cannot know
+            reads = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        to_host = isinstance(out, Tensor) and out.is_cpu and not all(x.is_cpu for x in tensors)
+        if reads or to_host:
+            self.found.append(str(func))
+        return out
 
 
 @torch.no_grad()
-def probe(policy) -> int:
-    """Bytes of the keys and values of one node, from three forwards over four nodes.
+def probe(policy) -> tuple[int, bool]:
+    """Bytes of the keys and values of one node, and whether a decoding step reads no value on the host; from
+    three forwards over four nodes.
 
     Raises:
         InputError: the model class ignores the tree (a sibling sees another), or its keys and values in
@@ -42,7 +67,8 @@ def probe(policy) -> int:
         # 1 and its children 0 and 2, 2 below 0
         whole = run([1, 0, 2, 2], [0, 1, 2, 1], tree([4, 3, 3, 4]))
         run([1, 0], [0, 1], tree([2, 2], kv))
-        decoded = run([2, 2], [2, 1], step)
+        with HostReads() as reads:
+            decoded = run([2, 2], [2, 1], step)
     except (*checks.USER_ERRORS, torch.OutOfMemoryError):
         raise
     except (AttributeError, TypeError, LookupError, ValueError, RuntimeError) as error:
@@ -55,7 +81,8 @@ def probe(policy) -> int:
     ):
         gap = float((got - want).norm()) / max(1e-6, float(want.norm()))
         checks.check(gap < limit, "Policy", "model", f"of a class that {what}", name, fix)
-    return sum(x.numel() * x.element_size() for pair in kv.layers.values() for x in pair) // kv.capacity
+    num_bytes = sum(x.numel() * x.element_size() for pair in kv.layers.values() for x in pair)
+    return num_bytes // kv.capacity, not reads.found
 
 
 def refuse_local_attention(config, takes_function: bool) -> None:
