@@ -93,6 +93,16 @@ def test_prompts_are_prefilled_in_parts(tiny_policy, seen_tokens, monkeypatch):
     assert max(seen_tokens[:4]) <= 4
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_prompts_that_come_in_turns_find_room(tiny_policy, engines, batch_size):
+    """More of them wait than the pool holds: the last of the queue is forgotten, and computed again."""
+    prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [1, 3, 5], [2, 4]] * 3
+    options = dict(policy=tiny_policy(), constraints=Constraints(0, max_length=1), num_samples=1)
+    want = sample(prompts, batch_size=15, **options)
+    assert rows(sample(prompts, batch_size=batch_size, **options)) == rows(want)
+    assert engines[-1].pool.num_taken == 0
+
+
 @pytest.mark.parametrize("termination", ["forced", "own"])
 @pytest.mark.parametrize("options", [None, SamplingOptions(top_k=3, epsilon=0.3)], ids=str)
 def test_log_probs_step_by_step_are_those_of_the_score(tiny_policy, options, termination):

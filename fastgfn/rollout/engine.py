@@ -98,10 +98,9 @@ class Engine:
     @staticmethod
     def capacity(request: Request, batch_size: int) -> int:
         """Most nodes at a time: the longest prompts that the batch may hold, all its tokens and drafts."""
-        lengths = sorted(map(len, request.distinct), reverse=True)
         lookahead = 0 if request.drafts is None else request.drafts.length
-        # one prompt more: the next of the queue may be there without a running trajectory
-        return sum(lengths[: batch_size + 1]) + batch_size * (request.constraints.max_length + 2 * lookahead)
+        own = request.constraints.max_length + 2 * lookahead
+        return prompt_nodes(request, batch_size) + batch_size * own
 
     def run(self) -> Rollouts:
         while len(self.waiting) or len(self.alive):
@@ -120,8 +119,7 @@ class Engine:
         if not len(self.waiting) or (len(self.alive) and room < self.batch_size * REFILL_SHARE):
             return
         new, self.waiting = self.waiting[:room], self.waiting[room:]
-        prompt_of = self.request.prompt_of_group[self.request.group[new]]
-        wanted, place = prompt_of.unique(return_inverse=True)
+        wanted, place = self._prompts_of(new).unique(return_inverse=True)
         rows = self._rows_of_prompts(wanted.tolist())
         first_row = 0 if self.rows is None else len(self.rows)
         self.rows = rows if self.rows is None else self.rows.extended(rows)
@@ -130,7 +128,7 @@ class Engine:
 
     def _rows_of_prompts(self, wanted: list[int]) -> Rows:
         self._prefill_missing(wanted)
-        still_waiting = set(self.request.prompt_of_group[self.request.group[self.waiting]].unique().tolist())
+        still_waiting = set(self._prompts_of(self.waiting).unique().tolist())
         found = [self.resident[p] for p in wanted]
         for prompt, rows in zip(wanted, found, strict=True):
             if prompt in still_waiting:
@@ -142,8 +140,24 @@ class Engine:
             out = out.extended(rows)
         return out
 
+    def _prompts_of(self, trajectories: Tensor) -> Tensor:
+        return self.request.prompt_of_group[self.request.group[trajectories]]
+
+    def _make_room(self, wanted: list[int]) -> None:
+        """Forget prompts that nothing runs below, the last of the queue first, until `wanted` fit."""
+        needed = {*wanted, *self._prompts_of(self.alive).tolist()}
+        nodes = sum(len(self.request.distinct[p]) for p in {*self.resident, *needed})
+        excess = nodes - prompt_nodes(self.request, self.batch_size)
+        if excess <= 0:
+            return
+        for prompt in reversed(dict.fromkeys(self._prompts_of(self.waiting).tolist())):
+            if excess > 0 and prompt in self.resident and prompt not in needed:
+                self.pool.release(self.resident.pop(prompt).node)
+                excess -= len(self.request.distinct[prompt])
+
     def _prefill_missing(self, wanted: list[int]) -> None:
         """Make these prompts resident, PREFILL_TOKENS at a time."""
+        self._make_room(wanted)
         part: list[int] = []
         for prompt in [p for p in wanted if p not in self.resident]:
             if part and sum(len(self.request.distinct[p]) for p in [*part, prompt]) > PREFILL_TOKENS:
@@ -288,6 +302,11 @@ class Engine:
         warnings.warn(f"sample: out of memory, going on with batch_size={self.batch_size}", stacklevel=3)
         self.trajectories.restart((~finished).nonzero()[:, 0])
         self._reset()
+
+
+def prompt_nodes(request: Request, batch_size: int) -> int:
+    """Most nodes of prompts at a time: of the longest that may run, and of the next of the queue."""
+    return sum(sorted(map(len, request.distinct), reverse=True)[: batch_size + 1])
 
 
 class Drafted:

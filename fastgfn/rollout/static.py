@@ -15,7 +15,7 @@ from fastgfn.attention import KeyValues
 from fastgfn.functional.values import is_debug
 from fastgfn.models import Policy
 from fastgfn.rollout.draws import Drawer, check_drawn, check_finite
-from fastgfn.rollout.engine import REFILL_SHARE, Engine, Request
+from fastgfn.rollout.engine import REFILL_SHARE, Engine, Request, prompt_nodes
 from fastgfn.rollout.nodes import NodePool
 from fastgfn.rollout.slots import Slots, step_of
 from fastgfn.types import Rollouts
@@ -52,7 +52,7 @@ class StaticEngine(Engine):
         """Empty slots; every unfinished trajectory waits."""
         self.size = bucket(self.batch_size)
         capacity = self.capacity(self.request, self.batch_size)
-        self.first_node = capacity - self.size * self.max_length
+        self.first_node = prompt_nodes(self.request, self.batch_size)
         self.pool = NodePool(self.first_node)  # of the prompts
         self.kv = KeyValues(capacity)
         self.width = max(map(len, self.request.distinct)) + self.max_length
@@ -73,8 +73,7 @@ class StaticEngine(Engine):
     @staticmethod
     def capacity(request: Request, batch_size: int) -> int:
         """Most nodes at a time: the longest prompts that may run, one more, and every slot's tokens."""
-        lengths = sorted(map(len, request.distinct), reverse=True)
-        return sum(lengths[: batch_size + 1]) + bucket(batch_size) * request.constraints.max_length
+        return prompt_nodes(request, batch_size) + bucket(batch_size) * request.constraints.max_length
 
     def run(self) -> Rollouts:
         device = self.policy.device
@@ -93,7 +92,6 @@ class StaticEngine(Engine):
         self.waiting = self.waiting[len(new) :]
         prompts = self._prompts_of(new)
         wanted = prompts.unique().tolist()
-        self._make_room(wanted)
         self._prefill_missing(wanted)
         rows = [self.resident[p] for p in prompts.tolist()]
         if self.slots is None:
@@ -122,25 +120,6 @@ class StaticEngine(Engine):
             is_there = torch.tensor([p in self.resident for p in self._prompts_of(new).tolist()])
             new = new[is_there.cumprod(0).bool()] if len(new) else new
         return new
-
-    def _prompts_of(self, trajectories: Tensor) -> Tensor:
-        return self.request.prompt_of_group[self.request.group[trajectories]]
-
-    def _make_room(self, wanted: list[int]) -> None:
-        """Forget prompts that no slot needs, the last of the queue first, until `wanted` fit."""
-        need = sum(len(self.request.distinct[p]) for p in wanted if p not in self.resident)
-        if self.first_node - self.pool.num_taken >= need:
-            return
-        used = {*wanted, *self._prompts_of(self.alive).tolist()}
-        queue = dict.fromkeys(self._prompts_of(self.waiting).tolist())
-        for prompt in reversed(queue):
-            if prompt in self.resident and prompt not in used:
-                self._forget(prompt)
-            if self.first_node - self.pool.num_taken >= need:
-                return
-
-    def _forget(self, prompt: int) -> None:
-        self.pool.release(self.resident.pop(prompt).node)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         """A copy for the GPU that the host does not wait for."""
@@ -172,7 +151,7 @@ class StaticEngine(Engine):
             needed = torch.cat([self.alive, self.waiting])
             needed = set(self._prompts_of(needed).unique().tolist())
             for prompt in [p for p in self.resident if p not in needed]:
-                self._forget(prompt)
+                self.pool.release(self.resident.pop(prompt).node)
         if not len(self.alive):
             self._keep_fetched()
 
