@@ -130,12 +130,12 @@ def step_of(policy: Policy, drawer: Drawer, kv: KeyValues) -> Callable[[Slots], 
 
 def _draw(slots: Slots, drawer: Drawer, seed: Tensor) -> Tensor:
     """(S,) the tokens that the slots append, 0 where one appends none."""
-    limits, running = drawer.constraints, ~slots.finished
-    longest = limits.max_length
-    is_finite = slots.hidden.isfinite().all(1)
-    slots.bad_hidden.logical_or_(running & ~is_finite)
+    limits, idle = drawer.constraints, slots.finished
+    longest, running = limits.max_length, ~idle
+    diverged = ~slots.hidden.isfinite().all(1)
+    slots.bad_hidden.logical_or_(running & diverged)
     draw = drawer.from_hidden(
-        slots.hidden.masked_fill(~is_finite[:, None], 0.0),
+        slots.hidden.masked_fill(diverged[:, None], 0.0),
         seed=seed,
         temperature=slots.temperature,
         trajectory=slots.trajectory,
@@ -143,16 +143,17 @@ def _draw(slots: Slots, drawer: Drawer, seed: Tensor) -> Tensor:
         forbid_termination=slots.lengths < limits.min_length,
     )
     # A GPU marks a draw without a token.
-    is_bad, stops = draw.token < 0, draw.token == limits.termination_token_id
-    goes_on = running & ~is_bad & ~stops
-    slots.bad_draw.logical_or_(running & is_bad)
+    bad, stops = draw.token < 0, draw.token == limits.termination_token_id
+    slots.bad_draw.logical_or_(running & bad)
     slots.terminated.logical_or_(running & stops)
-    slots.log_behavior.add_(draw.log_behavior.masked_fill(~running, 0.0))
-    seen = slots.lengths.masked_fill(~running, longest + 1)[:, None]
-    slots.log_pterm.scatter_(1, seen, draw.log_pterm[:, None])
-    place = slots.lengths.masked_fill(~goes_on, longest)[:, None]
+    ends = idle | bad | stops
+    slots.log_behavior.add_(draw.log_behavior.masked_fill(idle, 0.0))
+    state = slots.lengths.masked_fill(idle, longest + 1)[:, None]
+    slots.log_pterm.scatter_(1, state, draw.log_pterm[:, None])
+    place = slots.lengths.masked_fill(ends, longest)[:, None]
     slots.log_pf.scatter_(1, place, draw.log_pf[:, None])
     slots.tokens.scatter_(1, place, draw.token[:, None])
-    slots.lengths.add_(goes_on)
-    slots.finished.logical_or_(~goes_on | (slots.lengths == longest))
-    return draw.token.masked_fill(~goes_on, 0)
+    slots.lengths.add_(~ends)
+    # last, for `idle` is this tensor
+    slots.finished.logical_or_(ends | (slots.lengths == longest))
+    return draw.token.masked_fill(ends, 0)
