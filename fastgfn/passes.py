@@ -43,7 +43,7 @@ def score_and_reward(tree: TokenTree, *, policy: Policy, reward: Reward) -> tupl
     If the reward is an LMReward of the policy's own reference, both share one pass over the head: one launch
     for all hidden rows, which reads the weight once.
     """
-    shared = isinstance(reward, LMReward) and reward.reference.policy is policy
+    shared = isinstance(reward, LMReward) and getattr(reward.reference, "policy", None) is policy
     # a subclass may compute something else
     if not shared or type(reward).__call__ is not LMReward.__call__:
         return score(tree, policy=policy), log_reward(tree, reward=reward)

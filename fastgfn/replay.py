@@ -96,6 +96,9 @@ class ReplayBuffer:
             "nan or inf",
             "clamp it",
         )
+        drawn = rollouts.is_action is None or int(rollouts.is_action.sum()) == int(rollouts.lengths.sum())
+        fix = "keep tool rollouts out of the buffer, which stores actions"
+        checks.check(drawn, "ReplayBuffer.add", "rollouts", "without tool output", "some", fix)
         keys = [tuple(p.tolist()) for p in rollouts.prompts]
         rows = zip(rollouts.group.tolist(), rollouts.sequences(), log_reward.tolist(), strict=True)
         return sum(self._insert(keys[group], Entry(value, tuple(tokens))) for group, tokens, value in rows)

@@ -79,6 +79,16 @@ class Constraints:
             self.termination_token_id,
             "pass the id of the token that ends a sequence",
         )
+        extra = self.extra_termination_token_ids
+        is_tuple = isinstance(extra, tuple) and all(type(i) is int for i in extra)
+        checks.check(
+            is_tuple,
+            "Constraints",
+            "extra_termination_token_ids",
+            "a tuple of ids",
+            repr(extra),
+            "pass (id, ...)",
+        )
         ids = self.termination_token_ids
         checks.check(
             len(set(ids)) == len(ids) and min(ids) >= 0,
@@ -177,7 +187,8 @@ class TokenTree:
     role: (T,) int8, see Role.
     leaf: (N,) int64, the node at which each trajectory stops.
     length: (T,) int32, tokens of Z up to and including the node; 0 on prompt nodes.
-    is_state: (T,) bool, the node is a prefix s_k of some Z: an action node or the last prompt node (s_0).
+    is_state: (T,) bool, the node is a prefix s_k of some Z that the policy continues or ends: the last prompt
+        node (s_0), an action node, or the last observation of a tool's answer; not one that a tool answered.
     constraints: the sequence set the trajectories were drawn from.
     """
 

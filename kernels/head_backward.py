@@ -48,8 +48,8 @@ def _frozen_head_bwd_kernel(
     total = grad_lse * 0.0
     start = own
     while start < end:
-        e = start + tl.arange(0, BLOCK_E)
-        total += tl.sum(tl.load(grad_log_p_ptr + e, mask=e < end, other=0.0), axis=0)
+        e, _, is_read = _entries(entry_columns_ptr, start, end, vocab, BLOCK_E)
+        total += tl.sum(tl.load(grad_log_p_ptr + e, mask=is_read, other=0.0), axis=0)
         start += BLOCK_E
     out = tl.zeros((BLOCK_D,), tl.float32)
     if row < num_grad_rows:
@@ -76,7 +76,7 @@ def _one_minus_exp(x):
     """1 - exp(x) for x <= 0 to full precision: next to 1, the rounding of exp(x) cancels in the quotient."""
     u = tl.exp(x)
     near = tl.where((u > 0.5) & (u < 1.0), u, 0.5)
-    return tl.where(u == 1.0, -x, tl.where(u > 0.5, (1.0 - near) * (x / tl.log(near)), 1.0 - u))
+    return tl.where(u >= 1.0, -x, tl.where(u > 0.5, (1.0 - near) * (x / tl.log(near)), 1.0 - u))
 
 
 def frozen_head_backward(

@@ -67,3 +67,14 @@ def test_refuses_what_is_not_there(tmp_path):
         load_policy(str(tmp_path / "absent"))
     with pytest.raises(InputError, match="lora_rank must be >= 1, got 0"):
         load_policy(lora_rank=0)
+
+
+def test_a_pass_of_the_base_leaves_frozen_adapter_weights_frozen(tiny_policy):
+    policy = tiny_policy()
+    for name, p in policy.model.named_parameters():
+        if "lora_A" in name:
+            p.requires_grad_(False)
+    before = [name for name, _ in policy.parameters()]
+    ids = torch.arange(3)
+    policy.reference.tree_hidden(ids, ids, torch.full((3,), 3, dtype=torch.int32))
+    assert [name for name, _ in policy.parameters()] == before

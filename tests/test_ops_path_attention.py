@@ -75,6 +75,13 @@ def test_strided_inputs():
     torch.testing.assert_close(out.cpu().double(), want, rtol=0, atol=1e-5)
 
 
+def test_float64_is_for_the_cpu():
+    with pytest.raises(
+        TypeError, match="path_attention: query must be below float64 on CUDA, got torch.float64"
+    ):
+        by_triton(*make_inputs(), scale=0.3)
+
+
 def test_opcheck():
     args = cast(make_inputs(), torch.float32)
     torch.library.opcheck(torch.ops.fastgfn.path_attention.default, (*args, 0.3, 0.0, 0))

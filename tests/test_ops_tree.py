@@ -5,6 +5,7 @@ from torch.library import opcheck
 from fastgfn.functional.tree import build_tree
 from fastgfn.ops import tree as ops
 from fastgfn.reference import tree as ref
+from fastgfn.rewards import node_sequences
 from fastgfn.testing import random_sequences
 from fastgfn.types import Constraints, Role, as_int64
 
@@ -96,8 +97,23 @@ def test_derived_fields():
     assert tree.count.tolist() == [4, 4, 3, 1, 1, 1, 1, 0, 0]
     assert tree.leaf.tolist() == [3, 2, 4, 6]
     assert tree.length.tolist() == [0, 0, 1, 2, 1, 1, 2, 0, 0] and tree.length.dtype == torch.int32
-    assert tree.is_state.tolist() == [False, True, True, True, False, False, True, False, True]
+    # node 5, an observation, is where the action 8 was chosen
+    assert tree.is_state.tolist() == [False, True, True, True, False, True, True, False, True]
     assert tree.is_root_state.nonzero()[:, 0].tolist() == [1, 8]
+
+
+def test_a_state_is_where_the_policy_chose():
+    """An action that a tool answered is none, unless another trajectory ends or goes on there; within the
+    answer only its last token is one, or the token at which max_length ends a trajectory."""
+    action, tool = int(Role.ACTION), int(Role.OBSERVATION)
+    sequences = [[5, 1, 2, 6], [5, 1, 2], [4, 1, 2], [4], [3, 1, 2], [3, 9], [8, 1]]
+    roles = [[action, tool, tool, action], [action, tool, tool], [action, tool, tool], [action],
+             [action, tool, tool], [action, action], [action, tool]]  # fmt: skip
+    tree = build_tree(sequences, roles=roles, prompts=[[7]], group=[0] * 7, constraints=CONSTRAINTS)
+    prefixes = map(tuple, node_sequences(tree, torch.arange(1, tree.num_nodes)))
+    found = dict(zip(prefixes, tree.is_state[1:].tolist(), strict=True))
+    not_states = {(5,), (5, 1), (4, 1), (3, 1), (8,)}
+    assert found == {z: z not in not_states for z in found} and len(found) == 13
 
 
 # No sequence, one-token trajectory, only empty sequences, no prompt, and a chain too deep for recursion.

@@ -8,6 +8,8 @@ import torch
 from fastgfn.checks import InputError
 from fastgfn.ops.scan import tree_cumsum
 from fastgfn.packing import pack
+from fastgfn.passes import score_and_reward
+from fastgfn.rewards import LMReward
 from fastgfn.rollout import Drafts, PromptLookup, SamplingOptions, sample
 from fastgfn.scoring import score
 from fastgfn.testing import assert_fits
@@ -169,6 +171,65 @@ def test_the_score_of_tool_rollouts_is_that_of_their_actions(tiny_policy):
     torch.testing.assert_close(total.detach().float(), rollouts.log_pf.sum(1), rtol=0, atol=1e-4)
 
 
+def test_rollouts_that_stop_after_tool_output_are_scored_there(tiny_policy):
+    """The whole density: of the actions, and of stopping wherever a trajectory ends."""
+    policy, bias = tiny_policy(), torch.zeros(13)
+    bias[[0, 5]] = 3.0
+    constraints = Constraints(0, max_length=9, logit_bias=bias)
+    rollouts = sample(
+        PROMPTS,
+        policy=policy,
+        constraints=constraints,
+        num_samples=30,
+        tool=lambda i, z: [7, 7] if z[-1] == 5 else None,
+    )
+    tree = pack(rollouts)
+    ends_in_answer = (tree.role[tree.leaf] == Role.OBSERVATION) & rollouts.terminated
+    assert int(ends_in_answer.sum()) > 5 and bool(tree.terminable[tree.leaf].all())
+    scored, reward = score_and_reward(tree, policy=policy, reward=LMReward(policy.reference))
+    density = (tree_cumsum(scored.log_pf, tree.parent) + scored.log_pterm)[tree.leaf].detach()
+    torch.testing.assert_close(rollouts.log_behavior, density.float(), rtol=0, atol=1e-4)
+    assert bool((reward[tree.leaf] < 0).all())
+
+
+def test_given_prefixes_go_on_after_tool_output(tiny_policy):
+    rollouts = sample(
+        [[1]], policy=tiny_policy(), constraints=Constraints(0, max_length=9), num_samples=2,
+        tool=lambda i, z: [9, 9] if z[-1] == 5 else None, options=SamplingOptions(prefixes=[[5, 6, 7]] * 2),
+    )  # fmt: skip
+    assert all(z[:5] == [5, 9, 9, 6, 7] for z in rollouts.sequences())
+
+
+@pytest.mark.parametrize(
+    ("output", "kind", "message"),
+    [
+        ([13], InputError, r"tool output must be ids in \[0, 13\) without \[0\], got \[13\]"),
+        ([-1], InputError, r"tool output must be ids in"),
+        (["a"], TypeError, r"tool output must be token ids, got \['a'\]; return a list of token ids"),
+        ([1.5], TypeError, "tool output must be token ids"),
+        (7, TypeError, "tool output must be token ids, got 7"),
+    ],
+)
+def test_what_is_no_tool_output_is_refused(tiny_policy, output, kind, message):
+    with pytest.raises(kind, match=message):
+        sample(
+            [[1], [2]],
+            policy=tiny_policy(),
+            constraints=Constraints(0),
+            num_samples=4,
+            tool=lambda i, z: output,
+        )
+
+
+def test_a_tensor_is_tool_output(tiny_policy):
+    options = dict(policy=tiny_policy(), constraints=Constraints(0, max_length=6), num_samples=4)
+    drawn = [
+        sample([[1]], tool=tool, **options).sequences()
+        for tool in (lambda i, z: [7], lambda i, z: torch.tensor([7]))
+    ]
+    assert drawn[0] == drawn[1]
+
+
 def test_trajectories_that_a_tool_parts_keep_their_own_text(tiny_policy):
     """Without the tool the even and odd trajectories of one seed share their prefixes."""
     options = dict(policy=tiny_policy(), constraints=Constraints(0, max_length=6), num_samples=20, seed=3)
@@ -178,7 +239,9 @@ def test_trajectories_that_a_tool_parts_keep_their_own_text(tiny_policy):
 
 
 def test_tool_output_with_the_termination_token_is_refused(tiny_policy):
-    with pytest.raises(InputError, match=r"tool output must be token ids without \[0\], got"):
+    with pytest.raises(
+        InputError, match=r"tool output must be ids in \[0, 13\) without \[0\], got \[3, 0\]; use"
+    ):
         sample(
             [[1]], policy=tiny_policy(), constraints=Constraints(0), num_samples=4, tool=lambda i, z: [3, 0]
         )
@@ -209,7 +272,7 @@ class Oracle:
 
 
 @pytest.mark.parametrize("length", [1, 3, 20])
-@pytest.mark.parametrize("batch_size", [None, 4])
+@pytest.mark.parametrize("batch_size", [None, 4, 2, 1])
 @pytest.mark.parametrize("kind", ["right", "wrong", "lookup"])
 def test_drafts_change_nothing_but_the_passes(tiny_policy, monkeypatch, kind, batch_size, length):
     from fastgfn.models import Policy

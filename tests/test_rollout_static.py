@@ -250,8 +250,8 @@ def test_running_out_while_a_graph_is_captured_counts_as_running_out():
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
     except RuntimeError as error:
-        assert engine._is_out_of_memory(error)
-    assert not engine._is_out_of_memory(RuntimeError("shapes differ"))
+        assert engine.is_out_of_memory(error)
+    assert not engine.is_out_of_memory(RuntimeError("shapes differ"))
 
 
 def test_memory_is_predicted_for_whole_buckets(tiny_policy, by_slots, monkeypatch):
@@ -272,7 +272,7 @@ def test_which_engine_samples(tiny_policy):
         policy = SimpleNamespace(device=torch.device(device), has_static_step=is_static)
         request = SimpleNamespace(prefixes=None, grammar=None, tool=None, drafts=None)
         vars(request).update(hooks)
-        drawer = SimpleNamespace(options=options or SamplingOptions())
+        drawer = SimpleNamespace(needs_logits=(options or SamplingOptions()).needs_logits)
         return sampling.choose_engine(policy, request, drawer)
 
     assert choice() is static.StaticEngine

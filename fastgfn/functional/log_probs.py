@@ -56,7 +56,7 @@ def linear_log_probs(
         InputTypeError: a dtype disagrees. NotImplementedError: the weight is quantised or wrapped.
 
     Numerics: logits, softmax and sums in float32; for 16-bit input the gradient's products are in the input
-        dtype. Extra memory O(R (D + 512) + M D), never R V. Same bits on repeat.
+        dtype. Extra memory O(R (D + 512) + M D), on CUDA O(R D) and 512 MiB of logits. Same bits on repeat.
     Source: `reference/linear_log_probs.py` derives the gradient.
     """
     name = "linear_log_probs"

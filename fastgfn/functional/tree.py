@@ -60,11 +60,25 @@ def build_tree(
     tree = TokenTree(
         **fields,
         length=length,
-        is_state=(role == Role.ACTION) | _is_last_prompt_node(role, fields["group"]),
+        is_state=_is_state(fields),
         constraints=constraints,
     )
     _check_constraints(tree)
     return tree
+
+
+def _is_state(fields: dict[str, Tensor]) -> Tensor:
+    """Where the policy chooses what follows: not where a tool answered, unless a trajectory ends or another
+    action follows there."""
+    role, parent = fields["role"], fields["parent"]
+    can_be = (role == Role.ACTION) | (role == Role.OBSERVATION) | _is_last_prompt_node(role, fields["group"])
+
+    def is_parent(of: Role) -> Tensor:
+        parents = parent[(role == of) & (parent >= 0)].long()
+        return torch.zeros_like(can_be).index_fill_(0, parents, True)
+
+    ends = torch.zeros_like(can_be).index_fill_(0, fields["leaf"], True)
+    return can_be & (ends | is_parent(Role.ACTION) | ~is_parent(Role.OBSERVATION))
 
 
 def _is_last_prompt_node(role: Tensor, group: Tensor) -> Tensor:

@@ -156,11 +156,12 @@ class Policy:
         lose part of a small adapter; the log-probs of a loss come from unmerged weights.
 
         dtype: of the copies, e.g. bfloat16 under a float32 policy; the products convert. None: the base's.
+        Yields the number of layers that are merged.
         """
         try:
             for layer in self._linear:
                 layer.merge(dtype)
-            yield
+            yield sum(layer.merged is not None for layer in self._linear)
         finally:
             for layer in self._linear:
                 layer.unmerge()
@@ -192,12 +193,19 @@ class Policy:
             (line,) = (line for line in file if line.startswith("MemAvailable:"))
         return int(line.split()[1]) * 1024
 
+    @contextlib.contextmanager
     def _adapter_off(self):
-        return (
-            self.model.disable_adapter()
-            if hasattr(self.model, "disable_adapter")
-            else contextlib.nullcontext()
-        )
+        """The base model. Coming back, peft would train every weight of the adapter, frozen ones too."""
+        if not hasattr(self.model, "disable_adapter"):
+            yield
+            return
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
 
     def encode(self, text: str) -> list[int]:
         if self.tokenizer is None:

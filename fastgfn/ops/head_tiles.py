@@ -198,7 +198,12 @@ def logit_grads(
     grad_log_p: Tensor, grad_lse: Tensor, rows: Tensor, log_p: Tensor, slope: Tensor
 ) -> tuple[Tensor, Tensor]:
     """-(G - l) of every row, and temperature * dL/dx of every entry."""
-    total = torch.zeros_like(grad_lse).index_put_((rows,), grad_log_p, accumulate=True)
+    total = torch.zeros_like(grad_lse)
+    # each in a fixed order
+    if total.is_cuda:
+        total.index_put_((rows,), grad_log_p, accumulate=True)
+    else:
+        total.index_add_(0, rows, grad_log_p)
     others = total[rows] - grad_log_p - grad_lse[rows]
     at_entries = (grad_log_p * -torch.expm1(log_p) - log_p.exp() * others) * slope
     return grad_lse - total, at_entries

@@ -67,8 +67,8 @@ def linear_log_probs(
         provider,
         num_policy,
     )
-    # Indexing, not index_select: on CUDA its gradient is a sum in a fixed order.
-    log_p = log_p[slot]
+    # Their gradients add in a fixed order: that of index_select on a CPU, that of indexing on a GPU.
+    log_p = log_p.index_select(0, slot) if provider == "tiles" else log_p[slot]
     log_pf = log_p[:num_targets].masked_fill(ignored, 0.0)
     return log_pf, None if termination_token_id is None else log_p[num_targets:], lse
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastgfn._C  # noqa: F401
+from fastgfn import checks
 
 
 def path_attention(
@@ -24,8 +25,8 @@ def path_attention(
 ) -> Tensor:
     """(n, H, d): query n attends to the nodes path[n, :length[n]], root first, itself last; no gradient.
 
-    window: only the last `window` nodes. Sums in float32, in float64 for such inputs; the bits of a row do
-    not depend on the others. On CUDA lengths and nodes are not checked.
+    window: only the last `window` nodes. Sums in float32, in float64 for such inputs, which CUDA refuses; the
+    bits of a row do not depend on the others. On CUDA lengths and nodes are not checked.
     """
     return torch.ops.fastgfn.path_attention(
         query, keys, values, path, length, scale, 0.0 if softcap is None else softcap, window or 0
@@ -35,6 +36,9 @@ def path_attention(
 def path_attention_triton(query, keys, values, path, length, scale, softcap, window):
     from fastgfn.kernels import path_attention as kernels
 
+    if query.dtype == torch.float64:
+        have, fix = query.dtype, "cast the model to float32"
+        checks.fail("path_attention", "query", "below float64 on CUDA", have, fix, kind=checks.InputTypeError)
     query, path = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, path))
     return kernels.path_attention(query, keys, values, path, length.contiguous(), scale, softcap, window)
 

@@ -33,7 +33,8 @@ class Drawer:
         self.seed = seed
         device = policy.device
         bias = constraints.logit_bias
-        self.logit_bias = None if bias is None else bias.to(device)
+        wide = torch.promote_types(policy.head.weight.dtype, torch.float32)
+        self.logit_bias = None if bias is None else bias.to(device, wide)
         # (V,) bool, what a uniform draw may take; None: everything.
         self.uniform = None
         if bias is not None:
@@ -51,6 +52,8 @@ class Drawer:
     ) -> Draw:
         """A Draw on the CPU, each field (K,)."""
         check_finite(bool(hidden.isfinite().all()))
+        if allowed is not None:
+            _check_mask(allowed, (len(rows), self.head.weight.shape[0]))
         device = hidden.device
         per_draw = {
             "temperature": temperature.to(device),
@@ -59,8 +62,7 @@ class Drawer:
             "position": position.to(device),
         }
         rows = rows.to(device)
-        extra_stops = bool(self.constraints.extra_termination_token_ids)
-        if self.options.needs_logits or extra_stops or allowed is not None:
+        if self.needs_logits or allowed is not None:
             draw = self._from_logits(hidden, rows, per_draw, allowed)
         else:
             draw = self.from_hidden(hidden, seed=self.seed, rows=rows, **per_draw)
@@ -100,6 +102,11 @@ class Drawer:
             found.append(logits.log_softmax(1).gather(1, tokens[part, None].to(logits.device))[:, 0])
         return torch.cat(found).cpu() if found else torch.zeros(0)
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether a draw is not one of the policy at a temperature, from its hidden state alone."""
+        return self.options.needs_logits or bool(self.constraints.extra_termination_token_ids)
+
     def _forbids(self, position: Tensor) -> Tensor:
         return position < self.constraints.min_length
 
@@ -131,24 +138,15 @@ class Drawer:
         if self.logit_bias is not None:
             logits = logits + self.logit_bias
         if allowed is not None:
-            checks.check_shape(
-                "sample", "grammar mask", allowed, tuple(logits.shape), "return a row per sequence"
-            )
-            fix = "allow the termination token where nothing else may follow"
-            checks.check(
-                bool(allowed.any(1).all()),
-                "sample",
-                "grammar mask",
-                "True somewhere in every row",
-                "none",
-                fix,
-            )
             logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         return logits
 
     def _draw(self, logits: Tensor, per_draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
         stops = list(self.constraints.termination_token_ids)
         self._forbid(logits, per_draw.pop("forbid_termination"))
+        fix = "widen the vocabulary mask or the grammar, or lower min_length"
+        is_left = bool((logits > -torch.inf).any(1).all())
+        checks.check(is_left, "sample", "allowed tokens", "one at least in every state", "none", fix)
         draw = sample_next(logits, seed=self.seed, **self.options.filters, **per_draw)
         token, log_behavior = draw.token, draw.log_behavior
         if self.options.epsilon:
@@ -156,7 +154,7 @@ class Drawer:
         log_q = logits.log_softmax(1)
         log_pterm = log_q[:, stops].logsumexp(1)
         is_stop = torch.isin(token, torch.tensor(stops, device=token.device))
-        log_pf = torch.where(is_stop, log_pterm, log_q.gather(1, token[:, None])[:, 0])
+        log_pf = torch.where(is_stop, log_pterm, log_q.gather(1, token.clamp(min=0)[:, None])[:, 0])
         if len(stops) > 1:
             # whichever stop was drawn: the density of stopping
             tempered = self._behavior(logits, per_draw)[:, stops].logsumexp(1)
@@ -169,11 +167,15 @@ class Drawer:
         uniform = sample_next(self._flat(logits), seed=_signed(self.seed ^ UNIFORM), **keys).token
         words = philox4x32(_counters(per_draw).cpu(), _signed(self.seed ^ COIN))[:, 0].to(logits.device)
         token = torch.where(words.double() < self.options.epsilon * 2.0**32, uniform, token)
-        return token, self._behavior(logits, per_draw).gather(1, token[:, None])[:, 0]
+        return token, self._behavior(logits, per_draw).gather(1, token.clamp(min=0)[:, None])[:, 0]
 
     def _flat(self, logits: Tensor) -> Tensor:
         can_be = logits > -torch.inf
-        return torch.where(can_be if self.uniform is None else can_be & self.uniform, 0.0, -torch.inf)
+        can_be = can_be if self.uniform is None else can_be & self.uniform
+        fix = "set epsilon to 0, or widen the mask or the grammar"
+        want = f"a token with a bias above {LEAST_BIAS} in every state"
+        checks.check(bool(can_be.any(1).all()), "sample", "epsilon's tokens", want, "none", fix)
+        return torch.where(can_be, 0.0, -torch.inf)
 
     def _behavior(self, logits: Tensor, per_draw: dict[str, Tensor]) -> Tensor:
         """(K, V) log-density of the draws."""
@@ -190,6 +192,15 @@ class Drawer:
         if any(value is not None for value in filters.values()):
             z = z.masked_fill(~kept(z, *filters.values()), -torch.inf)
         return z.log_softmax(1)
+
+
+def _check_mask(allowed: Tensor, shape: tuple[int, int]) -> None:
+    is_mask = isinstance(allowed, Tensor) and allowed.dtype == torch.bool
+    have = getattr(allowed, "dtype", type(allowed).__name__)
+    checks.check(is_mask, "sample", "grammar mask", "a bool tensor", have, "return (K, V) bool")
+    checks.check_shape("sample", "grammar mask", allowed, shape, "return a row per sequence")
+    fix, want = "allow the termination token where nothing else may follow", "True somewhere in every row"
+    checks.check(bool(allowed.any(1).all()), "sample", "grammar mask", want, "none", fix)
 
 
 def check_finite(ok: bool) -> None:

@@ -78,7 +78,12 @@ class Engine:
         self.batch_size = batch_size
         self.max_length = request.constraints.max_length
         self.trajectories = Trajectories(
-            request.prompts, request.group, request.constraints, request.tool, request.grammar is not None
+            request.prompts,
+            request.group,
+            request.constraints,
+            request.tool,
+            policy.vocab_size,
+            has_grammar=request.grammar is not None,
         )
         self._reset()
 
@@ -108,7 +113,7 @@ class Engine:
                 self._admit()
                 self._step()
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._start_again(error)
         return self.trajectories.result()
@@ -204,7 +209,7 @@ class Engine:
             alive, row_of = alive[is_there], child[is_there]
         self.alive, row_of, token = (torch.cat(x) for x in zip(*todo, strict=True))
         key, self.row_of = (row_of * self.policy.vocab_size + token).unique(return_inverse=True)
-        rows, self.rows = self.rows, None
+        rows, self.rows, self.drafted = self.rows, None, Drafted()
         if len(key):
             new = self._grow(rows, key // self.policy.vocab_size, key % self.policy.vocab_size)
         self.pool.release(rows.node)
@@ -220,7 +225,6 @@ class Engine:
         path = rows.path[parent]
         path[torch.arange(len(nodes)), length - 1] = nodes.int()
         grown = Rows(rows.hidden[:0], nodes, path, length)
-        self.drafted = Drafted()
         if self.request.drafts is not None:
             grown = self._with_drafts(grown)
         return self.pool.token[grown.node], grown
@@ -274,11 +278,15 @@ class Engine:
         )
         token, log_pf, log_behavior = draw.token, draw.log_pf, draw.log_behavior
         if request.prefixes is not None:
-            pairs = zip(alive.tolist(), step.tolist(), strict=True)
+            pairs = zip(alive.tolist(), self.trajectories.num_actions(alive).tolist(), strict=True)
             given = torch.tensor([p[k] if k < len(p := request.prefixes[i]) else -1 for i, k in pairs])
             own = (given >= 0).nonzero()[:, 0]
             found = self.drawer.log_pf(
                 hidden, row_of[own], given[own], step[own], None if allowed is None else allowed[own]
+            )
+            fix = "give prefixes that the vocabulary mask and the grammar allow"
+            checks.check(
+                bool(found.isfinite().all()), "sample", "prefixes", "of probability above 0", "0", fix
             )
             token = token.index_copy(0, own, given[own])
             log_pf = log_pf.index_copy(0, own, found.to(log_pf.dtype))
@@ -298,7 +306,8 @@ class Engine:
             found = self.trajectories.result()
             message = f"sample: out of memory with one trajectory running ({error})"
             raise OutOfMemory(f"{message}; {done}, in `rollouts` of this error", found)
-        self.batch_size = min(self.batch_size, max(len(self.alive), 2)) // 2
+        running = len(self.alive) or self.batch_size
+        self.batch_size = max(1, min(self.batch_size, running) // 2)
         warnings.warn(f"sample: out of memory, going on with batch_size={self.batch_size}", stacklevel=3)
         self.trajectories.restart((~finished).nonzero()[:, 0])
         self._reset()
@@ -337,10 +346,10 @@ class OutOfMemory(RuntimeError):
         self.rollouts = rollouts
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """The error or one that led to it: running out while a graph is captured makes the capture fail."""
     if error is None or isinstance(error, checks.InputError):
         return False
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     known = known or "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
-    return known or _is_out_of_memory(error.__context__)
+    return known or is_out_of_memory(error.__context__)

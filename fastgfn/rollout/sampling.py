@@ -1,6 +1,7 @@
 """`sample`: the request, checked, and the memory that it will take."""
 
 import contextlib
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -10,11 +11,11 @@ from fastgfn import checks
 from fastgfn.models import Policy
 from fastgfn.phases import phase
 from fastgfn.rollout.draws import Drawer
-from fastgfn.rollout.engine import Engine, Request
+from fastgfn.rollout.engine import Engine, Request, is_out_of_memory
 from fastgfn.rollout.hooks import Drafts, Grammar, Tool
 from fastgfn.rollout.options import SamplingOptions
 from fastgfn.rollout.static import StaticEngine
-from fastgfn.types import Constraints, Rollouts, as_int64
+from fastgfn.types import Constraints, Rollouts
 
 # Merging the adapter costs one pass over the weights, which this many decode steps without it repay.
 MERGE_FROM = 6
@@ -72,37 +73,73 @@ def sample(
         OutOfMemory: memory ran out with a single trajectory running; the finished ones are in it. With more
             of them a warning is given, and the unfinished ones start again in half the batch.
     """
+    hooks = (grammar, tool, drafts)
+    numbers = (num_samples, first_trajectory)
     options = SamplingOptions() if options is None else options
-    prompts = tuple(as_int64(p) for p in prompts)
+    request = _request(prompts, policy, constraints, temperature, options, hooks, *numbers)
+    _check_numbers(seed, merge, precision)
+    drawer = Drawer(policy, constraints, options, seed)
+    merges = merge and (constraints.max_length >= MERGE_FROM or precision is not None)
+    with contextlib.ExitStack() as block:
+        if merges:
+            _merge(block, policy, precision)
+        kind = choose_engine(policy, request, drawer)
+        return kind(policy, request, drawer, _batch_size(batch_size, policy, request, kind)).run()
+
+
+def _request(
+    prompts, policy, constraints, temperature, options, hooks, num_samples, first_trajectory
+) -> Request:
+    """The checked request."""
+    prompts = tuple(_token_ids(f"prompts[{g}]", p) for g, p in enumerate(prompts))
     check_prompts(prompts, policy, constraints)
-    _check_numbers(num_samples, seed, merge, precision)
+    for name, value in (("num_samples", num_samples), ("first_trajectory", first_trajectory)):
+        if type(value) is not int:
+            checks.fail("sample", name, "an int", repr(value), "round it", kind=checks.InputTypeError)
+    checks.check(num_samples >= 1, "sample", "num_samples", ">= 1", num_samples, "raise it")
+    is_low = 0 <= first_trajectory < 2**62
+    checks.check(is_low, "sample", "first_trajectory", "in [0, 2^62)", first_trajectory, "count from 0")
+    is_drafts, have = hooks[2] is None or isinstance(hooks[2], Drafts), type(hooks[2]).__name__
+    checks.check(is_drafts, "sample", "drafts", "a Drafts object", have, "pass Drafts(source)")
     group = torch.arange(len(prompts)).repeat_interleave(num_samples)
     temperature = _temperatures(temperature, len(group))
     _check_prefixes(options.prefixes, len(group), policy.vocab_size, constraints)
-    hooks = (options.prefixes, grammar, tool, drafts)
-    request = Request(prompts, group, constraints, temperature, first_trajectory, *hooks)
-    drawer = Drawer(policy, constraints, options, seed)
-    engine = _engine(policy, request, drawer, batch_size)
-    pays = constraints.max_length >= MERGE_FROM or precision is not None
-    with policy.merged(precision) if merge and pays else contextlib.nullcontext():
-        return engine.run()
+    return Request(prompts, group, constraints, temperature, first_trajectory, options.prefixes, *hooks)
 
 
-def _engine(policy: Policy, request: Request, drawer: Drawer, batch_size: int | None) -> Engine:
-    kind = choose_engine(policy, request, drawer)
-    return kind(policy, request, drawer, _batch_size(batch_size, policy, request, kind))
+def _merge(block: contextlib.ExitStack, policy: Policy, precision: torch.dtype | None) -> None:
+    """Merge the adapter until the end of the block, unless there is no memory for the copies."""
+    try:
+        num_merged = block.enter_context(policy.merged(precision))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        warnings.warn("sample: out of memory for merged weights, drawing with unmerged ones", stacklevel=4)
+        return
+    ok, fix = precision is None or num_merged > 0, "these weights are trained or quantised: leave it out"
+    checks.check(ok, "sample", "precision", "None where no layer can be merged", precision, fix)
 
 
 def choose_engine(policy: Policy, request: Request, drawer: Drawer) -> type[Engine]:
     """Slots on a GPU, wherever a step can be told without looking at what the last one drew."""
     hooks = (request.prefixes, request.grammar, request.tool, request.drafts)
-    looks = any(hook is not None for hook in hooks) or drawer.options.needs_logits
+    looks = any(hook is not None for hook in hooks) or drawer.needs_logits
     is_static = policy.device.type == "cuda" and policy.has_static_step and not looks
     return StaticEngine if is_static else Engine
 
 
-def _check_numbers(num_samples: int, seed: int, merge: bool, precision: torch.dtype | None) -> None:
-    checks.check(num_samples >= 1, "sample", "num_samples", ">= 1", num_samples, "raise it")
+def _token_ids(name: str, prompt: Sequence[int] | Tensor) -> Tensor:
+    """int64; numbers with a fraction would lose it."""
+    ids = torch.as_tensor(prompt)
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        checks.fail("sample", name, "token ids", ids.dtype, "encode the text", kind=checks.InputTypeError)
+    return ids.to("cpu", torch.int64)
+
+
+def _check_numbers(seed: int, merge: bool, precision: torch.dtype | None) -> None:
+    known = (None, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    want = "None or a floating-point dtype of torch"
+    checks.check(precision in known, "sample", "precision", want, repr(precision), "use torch.bfloat16")
     checks.check(-(2**63) <= seed < 2**63, "sample", "seed", "a 64-bit integer", seed, "choose a smaller one")
     checks.check(merge or precision is None, "sample", "precision", "None without merge", precision, "merge")
 

@@ -1,5 +1,6 @@
 """The trajectories of a request: what was drawn so far, and what becomes of it."""
 
+import operator
 from collections import deque
 from collections.abc import Sequence
 
@@ -21,12 +22,15 @@ class Trajectories:
         group: Tensor,
         constraints: Constraints,
         tool: Tool | None,
+        vocab: int,
+        *,
         has_grammar: bool,
     ) -> None:
         self.prompts = tuple(prompts)
         self.group = group
         self.constraints = constraints
         self.tool = tool
+        self.vocab = vocab
         self.has_grammar = has_grammar
         total, longest = len(group), constraints.max_length
         self.tokens = torch.zeros(total, longest, dtype=torch.int64)
@@ -42,6 +46,10 @@ class Trajectories:
 
     def sequence(self, trajectory: int) -> list[int]:
         return self.tokens[trajectory, : self.lengths[trajectory]].tolist()
+
+    def num_actions(self, alive: Tensor) -> Tensor:
+        """(A,) the tokens of each that are no observations."""
+        return self.is_action[alive].sum(1)
 
     def observations(self, alive: Tensor) -> Tensor:
         """(A,) the next token that a tool has returned, -1 where one is to be drawn."""
@@ -77,17 +85,17 @@ class Trajectories:
         return going
 
     def _ask_tool(self, alive: Tensor) -> None:
-        stops = self.constraints.termination_token_ids
         for i in alive.tolist():
             if self._observations.get(i):
                 continue
             self._observations.pop(i, None)
-            found = self.tool(i, self.sequence(i)) if self.is_action[i, self.lengths[i] - 1] else None
-            if found:
-                fix = "leave termination tokens out of tool output"
-                ok = all(t >= 0 and t not in stops for t in found)
-                want = f"token ids without {list(stops)}"
-                checks.check(ok, "sample", "tool output", want, list(found)[:20], fix)
+            if self.is_action[i, self.lengths[i] - 1]:
+                found = _token_ids(self.tool(i, self.sequence(i)))
+                stops = self.constraints.termination_token_ids
+                ok = all(0 <= t < self.vocab and t not in stops for t in found)
+                want = f"ids in [0, {self.vocab}) without {list(stops)}"
+                fix = "use this model's ids and leave termination tokens out"
+                checks.check(ok, "sample", "tool output", want, found[:20], fix)
                 self._observations[i] = deque(found)
 
     def finish(
@@ -133,3 +141,13 @@ class Trajectories:
             is_action=self.is_action[done],
             has_grammar=self.has_grammar,
         )
+
+
+def _token_ids(output) -> list[int]:
+    """What a tool returned, as integers; nothing for None."""
+    found = output.tolist() if isinstance(output, Tensor) else [] if output is None else output
+    try:
+        return [operator.index(t) for t in found]
+    except TypeError:
+        have, fix = repr(output)[:80], "return a list of token ids, or None"
+        checks.fail("sample", "tool output", "token ids", have, fix, kind=checks.InputTypeError)
