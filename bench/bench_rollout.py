@@ -3,12 +3,14 @@
 Prompts of real text, n samples of each, up to 40 tokens, ended by a full stop; the same LoRA policy, dtype
 and limits, and the same results: tokens, log q(token) and log q(stop) at every step. generate gets its best
 batch size, found first, on one batch of each size; a LogitsProcessor takes its log-probs, a step at a time.
-Both draw their own sequences, whose lengths are in the rows, so what counts is tokens per second.
+It runs the adapter beside the weights, as peft does; `generate_merged` merges it for each call, as fastgfn
+does. All draw their own sequences, whose lengths are in the rows, so what counts is tokens per second.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import harness
 import torch
@@ -17,11 +19,13 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from fastgfn.models import Policy, load_policy
+from fastgfn.packing import pack
 from fastgfn.rollout import sample
-from fastgfn.types import Constraints
+from fastgfn.scoring import score
+from fastgfn.types import Constraints, Rollouts
 
 BATCH_SIZES = (16, 32, 64, 128, 256, 512)
-# Largest difference of log q between generate's and a teacher-forced pass, in nats, by dtype.
+# Largest difference of log q from a teacher-forced pass, in nats, by dtype: 16 bits round logits.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
 
 
@@ -50,36 +54,61 @@ class Recorder(LogitsProcessor):
         return torch.stack(self.log_pf, 1), torch.stack(self.log_pterm, 1)
 
 
+class Generated(NamedTuple):
+    """One batch of generate: tokens (N, L), log q of them and of stopping, up to the stop, and lengths."""
+
+    tokens: Tensor
+    log_pf: Tensor
+    log_pterm: Tensor
+    lengths: list[int]
+
+
 @torch.no_grad()
+def generate_batch(model, prompts: list[list[int]], limits: Constraints) -> Generated:
+    """By transformers and peft alone."""
+    width, stop = max(map(len, prompts)), limits.termination_token_id
+    recorder = Recorder(stop)
+    out = model.generate(
+        input_ids=torch.tensor([[0] * (width - len(p)) + p for p in prompts]),
+        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=limits.max_length,
+        eos_token_id=stop,
+        pad_token_id=stop,
+        logits_processor=LogitsProcessorList([recorder]),
+    )
+    log_pf, log_pterm = recorder.finish(out)
+    tokens = out[:, width:]
+    is_stop = tokens == stop
+    lengths = torch.where(is_stop.any(1), is_stop.int().argmax(1), tokens.shape[1])
+    return Generated(tokens, log_pf, log_pterm, lengths.tolist())
+
+
 def generate(
-    policy: Policy, prompts: list[list[int]], limits: Constraints, num_samples: int, batch_size: int
+    policy: Policy,
+    prompts: list[list[int]],
+    limits: Constraints,
+    num_samples: int,
+    batch_size: int,
+    merge: bool = False,
 ) -> tuple[int, list[int]]:
-    """Tokens drawn, stops included, and the length of every sequence, by transformers and peft alone."""
+    """Tokens drawn, stops included, and the length of every sequence."""
     rows = [p for p in prompts for _ in range(num_samples)]
     lengths: list[int] = []
     with policy.plain() as model:
+        if merge:
+            model.merge_adapter()
         for first in range(0, len(rows), batch_size):
-            part = rows[first : first + batch_size]
-            width = max(map(len, part))
-            ids = torch.tensor([[0] * (width - len(p)) + p for p in part])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
-            recorder = Recorder(limits.termination_token_id)
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=limits.max_length,
-                eos_token_id=limits.termination_token_id,
-                pad_token_id=limits.termination_token_id,
-                logits_processor=LogitsProcessorList([recorder]),
-            )
-            recorder.finish(out)
-            is_stop = out[:, width:] == limits.termination_token_id
-            found = torch.where(is_stop.any(1), is_stop.int().argmax(1), out.shape[1] - width)
-            lengths += found.tolist()
-    return sum(min(n + 1, limits.max_length) for n in lengths), lengths
+            lengths += generate_batch(model, rows[first : first + batch_size], limits).lengths
+        if merge:
+            model.unmerge_adapter()
+    return num_drawn(lengths, limits), lengths
+
+
+def num_drawn(lengths: list[int], limits: Constraints) -> int:
+    return sum(min(n + 1, limits.max_length) for n in lengths)
 
 
 def ours(
@@ -87,7 +116,7 @@ def ours(
 ) -> tuple[int, list[int]]:
     rollouts = sample(prompts, policy=policy, constraints=limits, num_samples=num_samples, seed=seed)
     lengths = rollouts.lengths.tolist()
-    return sum(min(n + 1, limits.max_length) for n in lengths), lengths
+    return num_drawn(lengths, limits), lengths
 
 
 def timed(function: Callable[[], tuple[int, list[int]]]) -> tuple[float, int, list[int]]:
@@ -117,6 +146,7 @@ def best_batch_size(policy: Policy, prompts: list[list[int]], limits: Constraint
     """Of one batch each, that with the most tokens per second."""
     speeds = {}
     flat = [p for p in prompts for _ in range(num_samples)]
+    generate(policy, flat[:16], limits, 1, 16)
     for size in (s for s in BATCH_SIZES if s <= len(flat)):
         spread = flat[:: max(1, len(flat) // size)][:size]
         ms, tokens, _ = timed(lambda part=spread: generate(policy, part, limits, 1, len(part)))
@@ -144,13 +174,19 @@ def row(args, provider, prompts, num_samples, batch_size, results) -> dict:
 def compare(args: argparse.Namespace, policy: Policy, limits: Constraints) -> list[dict]:
     prompts = make_prompts(policy, args.prompts, args.prompt_tokens)
     size = args.batch_size or best_batch_size(policy, prompts, limits, args.n)
-    results: dict[str, list] = {"fastgfn": [], "generate": []}
+    providers = {
+        "fastgfn": lambda i: ours(policy, prompts, limits, args.n, seed=i),
+        "generate": lambda i: generate(policy, prompts, limits, args.n, size),
+        "generate_merged": lambda i: generate(policy, prompts, limits, args.n, size, merge=True),
+    }
+    results: dict[str, list] = {name: [] for name in providers}
     ours(policy, prompts[:2], limits, 2, seed=99)
+    generate(policy, prompts[:2], limits, 2, 4, merge=True)
     for i in range(args.rounds):
-        results["fastgfn"].append(timed(lambda i=i: ours(policy, prompts, limits, args.n, seed=i)))
-        results["generate"].append(timed(lambda: generate(policy, prompts, limits, args.n, size)))
-    sizes = {"fastgfn": "", "generate": size}
-    return [row(args, name, prompts, args.n, sizes[name], found) for name, found in results.items()]
+        for name, run in providers.items():
+            results[name].append(timed(lambda run=run, i=i: run(i)))
+            print(f"{name}: {results[name][-1][1] / results[name][-1][0] * 1e3:.0f} tokens/s", flush=True)
+    return [row(args, n, prompts, args.n, "" if n == "fastgfn" else size, r) for n, r in results.items()]
 
 
 def sweep(args: argparse.Namespace, policy: Policy, limits: Constraints) -> list[dict]:
@@ -165,25 +201,41 @@ def sweep(args: argparse.Namespace, policy: Policy, limits: Constraints) -> list
 
 
 def check(args: argparse.Namespace, policy: Policy, limits: Constraints) -> None:
-    """Nothing is timed unless both providers' log q agree with a teacher-forced pass at their own tokens."""
-    from fastgfn.packing import pack
-    from fastgfn.scoring import score
-
+    """Nothing is timed unless log q of both, of tokens and of stopping, agrees with a teacher-forced pass."""
     prompts = make_prompts(policy, 2, 24)
-    rollouts = sample(prompts, policy=policy, constraints=limits, num_samples=4, seed=3)
+    mine = sample(prompts, policy=policy, constraints=limits, num_samples=4, seed=3)
+    with policy.plain() as model:
+        theirs = generate_batch(model, [p for p in prompts for _ in range(4)], limits)
+    lengths = torch.tensor(theirs.lengths)
+    given = Rollouts(mine.prompts, mine.group, theirs.tokens, lengths, torch.zeros(8), limits)
+    for name, rollouts, log_pf, log_pterm in (
+        ("fastgfn", mine, mine.log_pf, mine.log_pterm),
+        ("generate", given, theirs.log_pf, theirs.log_pterm),
+    ):
+        gaps = differences(policy, rollouts, log_pf, log_pterm)
+        mean, most = float(gaps.mean()), float(gaps.max())
+        print(
+            f"log q of {name} against a teacher-forced pass: mean {mean:.2g}, largest {most:.2g}", flush=True
+        )
+        if not most <= TOLERANCE[args.dtype]:
+            raise SystemExit(f"bench_rollout: log q of {name} is off by {most:.3g}")
+
+
+@torch.no_grad()
+def differences(policy: Policy, rollouts: Rollouts, log_pf: Tensor, log_pterm: Tensor) -> Tensor:
+    """|log q sampled - log q scored| of every token, and of stopping before each and at the end."""
     tree = pack(rollouts)
-    with torch.no_grad():
-        scored = score(tree, policy=policy)
+    scored = score(tree, policy=policy)
     gaps = []
     for n, length in enumerate(rollouts.lengths.tolist()):
         node = int(tree.leaf[n])
-        for k in range(length - 1, -1, -1):
-            gaps.append(abs(float(rollouts.log_pf[n, k] - scored.log_pf[node])))
+        for k in range(length, -1, -1):
+            if k < rollouts.constraints.max_length:
+                gaps.append(log_pterm[n, k] - scored.log_pterm[node])
+            if k:
+                gaps.append(log_pf[n, k - 1] - scored.log_pf[node])
             node = int(tree.parent[node])
-    mean = sum(gaps) / len(gaps)
-    print(f"log q, sampled against scored: mean difference {mean:.2g}, largest {max(gaps):.2g}", flush=True)
-    if not max(gaps) <= TOLERANCE[args.dtype]:
-        raise SystemExit(f"bench_rollout: log q of fastgfn is off by {max(gaps):.3g}")
+    return torch.stack(gaps).abs()
 
 
 def main() -> None:

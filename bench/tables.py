@@ -90,14 +90,23 @@ def step() -> str:
 
 
 def rollout() -> str:
-    rows = newest(read("rollout"), "dtype", "prompts", "n", "max_length", "provider")
+    setting = ("device", "dtype", "prompts", "prompt_tokens", "n", "max_length", "rank")
+    every = read("rollout")
+    # runs of all providers, and where there is none, of fastgfn alone
+    compared = {tuple(r[k] for k in (*setting, "date")) for r in every if r["provider"] == "generate"}
+    settings = {key[:-1] for key in compared}
+    rows = [
+        r for r in every
+        if tuple(r[k] for k in (*setting, "date")) in compared or tuple(r[k] for k in setting) not in settings
+    ]  # fmt: skip
+    rows = newest(rows, *setting, "provider")
     rows.sort(key=lambda r: (r["dtype"], int(r["prompts"]) * int(r["n"]), r["provider"]))
     header = ["dtype", "trajectories", "provider", "batch size", "tokens/s", "of generate", "mean length"]
     header += ["lengths p10, p50, p90"]
     body = []
     for r in rows:
         same = [o for o in rows if o["provider"] == "generate" and o["date"] == r["date"]]
-        same = [o for o in same if o["n"] == r["n"]]
+        same = [o for o in same if all(o[k] == r[k] for k in setting)]
         ratio = f"{float(r['tokens_per_s']) / float(same[0]['tokens_per_s']):.2f}x" if same else ""
         total = str(int(r["prompts"]) * int(r["n"]))
         lengths = ", ".join(f"{float(r[f'length_{p}']):.0f}" for p in ("p10", "p50", "p90"))
