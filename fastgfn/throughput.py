@@ -91,6 +91,12 @@ def measure(policy: Policy, workload: Workload, *, compare: str | None = None) -
     providers = {}
     for name, recorder in recorders.items():
         work = tree_work(policy, trees[-1]) if name == "fastgfn" else row_work(workload)
+        if "draw" in work and "draw" not in recorder.phases:
+            # On a GPU a step of decoding is one graph, the draw in it.
+            decode, draw = work["decode"], work["draw"]
+            work["decode"] = decode._replace(
+                flop=decode.flop + draw.flop, num_bytes=decode.num_bytes + draw.num_bytes
+            )
         providers[name] = {
             "step_ms": statistics.median(times[name]),
             "drawn_tokens": statistics.mean(drawn[name]),

@@ -1,6 +1,7 @@
 """The step over slots: what it reads, what it writes, and as a CUDA graph."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +113,36 @@ def test_reads_are_noted(name):
 def test_poll_every_below_one_is_refused(tiny_policy):
     with pytest.raises(InputError, match="StaticEngine: poll_every must be >= 1, got 0; raise it"):
         static_engine(tiny_policy(), Constraints(0), [[1]], 2, batch_size=2, poll_every=0)
+
+
+def test_every_bucket_warms_up_and_is_captured_once(tiny_policy, monkeypatch):
+    """The order of it, with stand-ins for the graphs: a capture runs nothing, replays of it run the step."""
+    done = []
+
+    def run(steps, slots, what):
+        done.append((what, len(slots)))
+        steps.step(slots)
+
+    def captured(steps, slots):
+        done.append(("capture", len(slots)))
+        return SimpleNamespace(replay=lambda: run(steps, slots, "replay"))
+
+    monkeypatch.setattr(static.Steps, "_warm_up", lambda self, slots: run(self, slots, "warm up"))
+    monkeypatch.setattr(static.Steps, "_captured", captured)
+    monkeypatch.setattr(static, "LEAST_MOVED", 1)
+    bias = torch.zeros(13).index_fill_(0, torch.tensor([0]), 0.7)
+    prompts = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 4, 6], [1], [4, 5]]
+    setting = tiny_policy(), Constraints(0, max_length=20, logit_bias=bias), prompts, 10
+    plain, graphs = (static_engine(*setting, 60, poll_every=1) for _ in range(2))
+    graphs.steps.uses_graphs = True
+    with torch.no_grad():
+        want, got = plain.run(), graphs.run()
+    assert got.sequences() == want.sequences() and torch.equal(got.log_pf, want.log_pf)
+    sizes = list(dict.fromkeys(size for _, size in done))
+    assert len(sizes) == graphs.num_moves + 1 >= 3
+    for size in sizes:
+        assert [what for what, s in done if s == size][:3] == ["warm up", "capture", "replay"]
+    assert [what for what, _ in done].count("capture") == len(sizes)
 
 
 @pytest.mark.gpu
