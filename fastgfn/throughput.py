@@ -8,7 +8,7 @@ weights), not what the code does; `of_limit` is that over the time it took.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -91,12 +91,7 @@ def measure(policy: Policy, workload: Workload, *, compare: str | None = None) -
     providers = {}
     for name, recorder in recorders.items():
         work = tree_work(policy, trees[-1]) if name == "fastgfn" else row_work(workload)
-        if "draw" in work and "draw" not in recorder.phases:
-            # On a GPU a step of decoding is one graph, the draw in it.
-            decode, draw = work["decode"], work["draw"]
-            work["decode"] = decode._replace(
-                flop=decode.flop + draw.flop, num_bytes=decode.num_bytes + draw.num_bytes
-            )
+        work = joined(work, recorder.phases)
         providers[name] = {
             "step_ms": statistics.median(times[name]),
             "drawn_tokens": statistics.mean(drawn[name]),
@@ -184,6 +179,15 @@ def tree_work(policy: Policy, tree: TokenTree) -> dict[str, Work]:
         # Adam reads and writes weight and two moments and reads the gradient, all float32
         "optimizer": Work(0, 0.0, 28.0 * adapter),
     }
+
+
+def joined(work: dict[str, Work], phases: Container[str]) -> dict[str, Work]:
+    """The work of the phases that were measured: on a GPU one graph decodes and draws."""
+    if "draw" in phases or "draw" not in work:
+        return work
+    decode, draw = work["decode"], work["draw"]
+    both = Work(decode.tokens, decode.flop + draw.flop, decode.num_bytes + draw.num_bytes)
+    return work | {"decode": both}
 
 
 def row_work(workload: Workload) -> dict[str, Work]:

@@ -37,6 +37,10 @@ def by_slots(monkeypatch):
     return with_slots
 
 
+def num_prompt_nodes(made):
+    return made.pool.num_taken - len(made.workspace.slots) * made.max_length
+
+
 def assert_same(got, want):
     for name in ("group", "tokens", "lengths", "terminated", "is_action"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
@@ -57,7 +61,7 @@ def test_draws_are_those_of_the_other_engine(tiny_policy, by_slots, batch_size, 
     got, (made,) = by_slots(PROMPTS, batch_size=batch_size, poll_every=poll_every, **options)
     assert_same(got, want)
     assert len({tuple(s) for s in want.sequences()}) > 10 and len(set(want.lengths.tolist())) > 3
-    assert made.pool.num_taken == 0 and not made.resident
+    assert num_prompt_nodes(made) == 0 and not made.resident
 
 
 CONSTRAINTS = {
@@ -88,7 +92,7 @@ def test_the_order_of_the_queue_and_the_numbers_of_trajectories_do_not_matter(
     want = sample(PROMPTS, **options)
     got, (made,) = by_slots(PROMPTS, batch_size=3, poll_every=2, shuffle=True, **options)
     assert_same(got, want)
-    assert made.pool.num_taken == 0
+    assert num_prompt_nodes(made) == 0
 
 
 @pytest.mark.parametrize("poll_every", [1, 2, 3])
@@ -101,7 +105,7 @@ def test_few_running_slots_go_on_in_a_smaller_bucket(tiny_policy, by_slots, num_
     want = sample(PROMPTS, seed=1, **options)
     got, (made,) = by_slots(PROMPTS, seed=1, poll_every=poll_every, **options)
     assert_same(got, want)
-    assert made.num_moves >= (2 if poll_every < 3 else 1) and made.size < len(made.slots)
+    assert made.num_moves >= (2 if poll_every < 3 else 1) and made.size < len(made.workspace.slots)
     # every slot kept nodes of its own
     assert made.running.first.unique().numel() == made.size == len(made.running)
     whole, (made,) = by_slots(PROMPTS, seed=1, poll_every=poll_every, least_moved=64, **options)
@@ -160,7 +164,7 @@ def test_a_prompt_is_forgotten_where_the_pool_is_full_and_computed_again(tiny_po
     del passes[:]
     got, (made,) = by_slots(prompts, batch_size=1, **options)
     assert_same(got, want)
-    assert 9 < sum(prefilled(passes)) < 27 and made.first_node == 6
+    assert 9 < sum(prefilled(passes)) < 27 and len(made.pool.token) == 6 + 2
 
 
 def test_prompts_are_prefilled_together(tiny_policy, by_slots, passes):
@@ -262,9 +266,9 @@ def test_memory_is_predicted_for_whole_buckets(tiny_policy, by_slots, monkeypatc
     with pytest.raises(InputError, match="batch_size must be so small that its keys and values fit"):
         by_slots([[1, 2, 3], [4, 5]], batch_size=17, **options)
     _, (made,) = by_slots([[1, 2, 3], [4, 5]], batch_size=9, **options)
-    assert made.size <= len(made.slots) == 16
+    assert made.size <= len(made.workspace.slots) == 16
     _, (made,) = by_slots([[1, 2, 3], [4, 5]], **options)
-    assert len(made.slots) == 4  # half of the free memory
+    assert len(made.workspace.slots) == 4  # half of the free memory
 
 
 def test_which_engine_samples(tiny_policy):

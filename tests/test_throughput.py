@@ -10,8 +10,9 @@ from fastgfn.models import random_policy
 from fastgfn.objectives import modified_subtb_loss
 from fastgfn.packing import pack
 from fastgfn.rewards import LMReward, log_reward
+from fastgfn.rollout import sampling, static
 from fastgfn.scoring import score
-from fastgfn.throughput import Workload, machine_limits, measure, tree_work
+from fastgfn.throughput import Work, Workload, joined, machine_limits, measure, tree_work
 from fastgfn.types import Constraints, Rollouts
 
 SMALL = Workload(prompts=2, num_samples=3, prompt_tokens=7, output_tokens=5, rounds=2)
@@ -51,6 +52,16 @@ def test_report(policy):
     assert all(0 < ours["phases"][p]["of_limit"] < 2 for p in ("prefill", "decode", "score", "head"))
     assert ours["phases"]["prefill"]["tokens"] == 2 * 7
     assert ours["phases"]["loss"]["of_limit"] is None and theirs["phases"]["score"]["of_limit"] is None
+
+
+def test_a_draw_within_the_step_counts_as_decoding(policy, monkeypatch):
+    """As on a GPU, where one graph holds both."""
+    work = {"decode": Work(3, 5.0, 7.0), "draw": Work(4, 11.0, 13.0), "score": Work(1, 2.0, 3.0)}
+    assert joined(work, {"decode", "draw"}) is work
+    assert joined(work, {"decode"}) == work | {"decode": Work(3, 16.0, 20.0)}
+    monkeypatch.setattr(sampling, "choose_engine", lambda *args: static.StaticEngine)
+    phases = measure(policy, SMALL)["providers"]["fastgfn"]["phases"]
+    assert "draw" not in phases and phases["decode"]["tokens"] and phases["decode"]["of_limit"] > 0
 
 
 def test_flops_are_those_of_the_models_products(policy):

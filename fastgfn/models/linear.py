@@ -23,6 +23,7 @@ class Linear:
         self.has_adapter = hasattr(layer, "lora_A")
         self.base = layer.get_base_layer() if self.has_adapter else layer
         self.merged: Merged | None = None
+        self.spare: Merged | None = None
 
     def __call__(self, x: Tensor, *args, **options) -> Tensor:
         if args or options or torch.is_autocast_enabled(x.device.type):
@@ -87,11 +88,17 @@ class Linear:
             a, b, scale = self.lora
             wide = torch.promote_types(weight.dtype, torch.float32)
             weight = product(b.to(wide), a.T.to(wide)).mul_(scale).add_(weight)
-        bias = None if bias is None else bias.to(dtype)
-        self.merged = Merged(packed(weight.to(dtype)), bias, dtype, self.without_adapter)
+        weight, bias = packed(weight.to(dtype)), None if bias is None else bias.to(dtype)
+        if self.spare is not None:
+            weight, bias = _in_place_of(self.spare.weight, weight), _in_place_of(self.spare.bias, bias)
+        self.merged, self.spare = Merged(weight, bias, dtype, self.without_adapter), None
 
-    def unmerge(self) -> None:
-        self.merged = None
+    def unmerge(self, keep: bool = False) -> None:
+        """keep: the memory of the copy, for the next `merge`; a CUDA graph holds its address."""
+        merged, self.merged = self.merged, None
+        is_copy = merged is not None and not merged.weight.is_mkldnn
+        is_copy = is_copy and merged.weight.data_ptr() != self.base.weight.data_ptr()
+        self.spare = merged if keep and is_copy else None
 
 
 class Merged(NamedTuple):
@@ -101,6 +108,14 @@ class Merged(NamedTuple):
     bias: Tensor | None
     dtype: torch.dtype
     without_adapter: bool
+
+
+def _in_place_of(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """new, in the memory of old if that fits."""
+    if old is None or new is None or old.data_ptr() == new.data_ptr():
+        return new
+    fits = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+    return old.copy_(new) if fits else new
 
 
 def _is_plain_lora(layer: nn.Module) -> bool:

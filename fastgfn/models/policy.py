@@ -13,7 +13,7 @@ from fastgfn import checks
 from fastgfn.attention import NAME, TreeAttention
 from fastgfn.models import explicit
 from fastgfn.models.checkpointing import CheckpointedLayer, checkpoint_layers
-from fastgfn.models.linear import Linear, take_over
+from fastgfn.models.linear import Linear, Merged, take_over
 from fastgfn.models.log_probs import paired_log_probs, tree_log_probs
 from fastgfn.models.mlp import GatedMLP, take_over_mlps
 from fastgfn.models.probe import probe, refuse_local_attention
@@ -22,6 +22,8 @@ from fastgfn.types import LogProbs, TokenTree
 
 # Begins the name of every file and folder that is being written; such a name without a writer is a leftover.
 PARTIAL = ".fastgfn-"
+# Of a GPU's memory, what merged copies may keep between calls, and what sampling may.
+KEPT_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Policy:
         self._takes_function = causal._can_set_attn_implementation()
         refuse_local_attention(self.config, self._takes_function)
         self._linear = take_over(self._backbone)
+        self.kept = None  # what `sample` keeps here between calls
         take_over_mlps(self._backbone)
         self._is_checkpointed = False
         # Of one token: the keys and values of all layers. And whether CUDA graphs may hold a decoding step.
@@ -163,8 +166,31 @@ class Policy:
                 layer.merge(dtype)
             yield sum(layer.merged is not None for layer in self._linear)
         finally:
+            copies = [layer.merged.weight for layer in self._linear if layer.merged is not None]
+            keep = self.may_keep(sum(x.numel() * x.element_size() for x in copies))
             for layer in self._linear:
-                layer.unmerge()
+                layer.unmerge(keep)
+
+    def may_keep(self, num_bytes: int) -> bool:
+        """Whether so much memory may stay taken between calls of `sample`, for its CUDA graphs."""
+        if self.device.type != "cuda":
+            return False
+        return num_bytes <= KEPT_SHARE * torch.cuda.get_device_properties(self.device).total_memory
+
+    def addresses(self) -> tuple:
+        """Equal as long as forwards without gradient read the same memory in the same way."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        # what quantises keeps its memory to itself
+        places = tuple(x.data_ptr() if type(x) in (Tensor, nn.Parameter) else id(x) for x in tensors)
+        merged = tuple(_addresses(layer.merged) for layer in self._linear)
+        adapters = tuple(
+            (m.disable_adapters, *m.active_adapters, *m.scaling.values())
+            for m in self.model.modules()
+            if hasattr(m, "lora_A")
+        )
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return places, merged, adapters, autocast, torch.get_float32_matmul_precision()
 
     @contextlib.contextmanager
     def plain(self):
@@ -241,6 +267,13 @@ class Reference:
     ) -> LogProbs:
         """Node-aligned log p of the base model, see fastgfn.models.log_probs."""
         return tree_log_probs(self, tree, logit_bias, no_stop_below)
+
+
+def _addresses(merged: Merged | None) -> tuple | None:
+    if merged is None:
+        return None
+    bias = None if merged.bias is None else merged.bias.data_ptr()
+    return merged.weight.data_ptr(), bias, merged.dtype, merged.without_adapter
 
 
 def _logit_scale(config) -> float:

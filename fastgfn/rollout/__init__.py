@@ -2,7 +2,9 @@
 
 sampling.py      `sample`: the request, checked, and its memory
 engine.py        the running batch, a row per distinct prefix
-static.py        the running batch on a GPU, a slot per trajectory; slots.py is its state and its step
+static.py        the running batch on a GPU, a slot per trajectory
+slots.py         its state and its step
+graphs.py        its steps as CUDA graphs, and their memory
 trajectories.py  what was drawn
 draws.py         the next token of every trajectory of a step
 nodes.py         which nodes of the growing token tree exist

@@ -83,8 +83,7 @@ def sample(
     with contextlib.ExitStack() as block:
         if merges:
             _merge(block, policy, precision)
-        kind = choose_engine(policy, request, drawer)
-        return kind(policy, request, drawer, _batch_size(batch_size, policy, request, kind)).run()
+        return _engine(policy, request, drawer, batch_size).run()
 
 
 def _request(
@@ -118,6 +117,13 @@ def _merge(block: contextlib.ExitStack, policy: Policy, precision: torch.dtype |
         return
     ok, fix = precision is None or num_merged > 0, "these weights are trained or quantised: leave it out"
     checks.check(ok, "sample", "precision", "None where no layer can be merged", precision, fix)
+
+
+def _engine(policy: Policy, request: Request, drawer: Drawer, batch_size: int | None) -> Engine:
+    kind = choose_engine(policy, request, drawer)
+    if kind is Engine:
+        policy.kept = None
+    return kind(policy, request, drawer, _batch_size(batch_size, policy, request, kind))
 
 
 def choose_engine(policy: Policy, request: Request, drawer: Drawer) -> type[Engine]:
@@ -175,7 +181,7 @@ def _batch_size(batch_size: int | None, policy: Policy, request: Request, kind: 
     def num_bytes(size: int) -> int:
         return kind.capacity(request, size) * policy.node_bytes
 
-    free = policy.free_bytes()
+    free = policy.free_bytes() + (0 if policy.kept is None else policy.kept.num_bytes)
     fits = [size for size in (2**i for i in range(1, 10)) if num_bytes(size) <= MEMORY_SHARE * free]
     largest = max(fits, default=1)
     size = min(total, BATCH_SIZE, largest) if batch_size is None else min(batch_size, total)

@@ -37,14 +37,14 @@ class Slots:
     bad_draw: Tensor  # (S,) bool, had no token left
 
     @staticmethod
-    def empty(size: int, width: int, max_length: int, first_node: int, like: Tensor) -> "Slots":
-        """`like`: a hidden state (..., D). The nodes of slot s are first_node + s * max_length and after."""
+    def empty(size: int, width: int, max_length: int, like: Tensor) -> "Slots":
+        """`like`: a hidden state (..., D). The nodes of slot s are s * max_length and after."""
         device = like.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(size, *shape, dtype=dtype, device=device)
 
-        first = first_node + torch.arange(size, device=device) * max_length
+        first = torch.arange(size, device=device) * max_length
         return Slots(
             hidden=zeros(like.shape[-1], dtype=like.dtype),
             path=(first[:, None] + torch.arange(width, device=device)).int(),
@@ -65,6 +65,13 @@ class Slots:
 
     def __len__(self) -> int:
         return self.lengths.shape[0]
+
+    def clear(self) -> None:
+        """As `empty` makes them, in the memory that they have."""
+        sizes = len(self), self.path.shape[1], self.tokens.shape[1] - 1
+        new = Slots.empty(*sizes, like=self.hidden)
+        for f in fields(self):
+            getattr(self, f.name).copy_(getattr(new, f.name))
 
     def start(self, size: int) -> "Slots":
         """The first `size` slots, in the same memory."""
@@ -114,9 +121,11 @@ class Slots:
         return tuple(x.index_select(0, at) for x in (*whole, self.log_pf[:, :-1], self.log_pterm[:, :-1]))
 
 
-def step_of(policy: Policy, drawer: Drawer, kv: KeyValues) -> Callable[[Slots], None]:
-    """The step over some slots: draws from their hidden states, notes the draws, computes the next states."""
-    seed = torch.full((1,), drawer.seed, dtype=torch.int64, device=policy.device)
+def step_of(policy: Policy, drawer: Drawer, kv: KeyValues, seed: Tensor) -> Callable[[Slots], None]:
+    """The step over some slots: draws from their hidden states, notes the draws, computes the next states.
+
+    seed: (1,) int64 on the device, in the place of the drawer's.
+    """
 
     def step(slots: Slots) -> None:
         token = _draw(slots, drawer, seed)

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from fastgfn import checks
-from fastgfn.attention import KeyValues
-from fastgfn.functional.values import is_debug
 from fastgfn.models import Policy
 from fastgfn.rollout.draws import Drawer, check_drawn, check_finite
 from fastgfn.rollout.engine import REFILL_SHARE, Engine, Request, prompt_nodes
+from fastgfn.rollout.graphs import Workspace
 from fastgfn.rollout.nodes import NodePool
-from fastgfn.rollout.slots import Slots, step_of
+from fastgfn.rollout.slots import Slots
 from fastgfn.types import Rollouts
 
 # Steps between two looks, while trajectories wait; half of it after that.
@@ -52,13 +51,11 @@ class StaticEngine(Engine):
         """Empty slots; every unfinished trajectory waits."""
         self.size = bucket(self.batch_size)
         capacity = self.capacity(self.request, self.batch_size)
-        self.first_node = prompt_nodes(self.request, self.batch_size)
-        self.pool = NodePool(self.first_node)  # of the prompts
-        self.kv = KeyValues(capacity)
-        self.width = max(map(len, self.request.distinct)) + self.max_length
-        self.slots: Slots | None = None  # all that there is memory for
-        self.running: Slots | None = None  # the first `size` of them
-        self.steps = Steps(self.policy, self.drawer, self.kv)
+        self.pool = NodePool(capacity)
+        # The slots have the first nodes, whatever the prompts.
+        self.pool.take(self.size * self.max_length)
+        self.workspace: Workspace | None = None  # all that there is memory for
+        self.running: Slots | None = None  # the first `size` of its slots
         self.holds = torch.full((self.size,), -1)  # trajectory in each slot
         self.age = torch.zeros(self.size, dtype=torch.int64)  # steps since it began
         self.fetched: list[tuple[Tensor, HostCopy]] = []
@@ -78,7 +75,9 @@ class StaticEngine(Engine):
     def run(self) -> Rollouts:
         device = self.policy.device
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            return super().run()
+            found = super().run()
+            self.workspace.keep()
+        return found
 
     def _start_again(self, error: Exception) -> None:
         self._keep_fetched()
@@ -90,13 +89,13 @@ class StaticEngine(Engine):
         if not len(new):
             return
         self.waiting = self.waiting[len(new) :]
+        self._open()
         prompts = self._prompts_of(new)
         wanted = prompts.unique().tolist()
         self._prefill_missing(wanted)
         rows = [self.resident[p] for p in prompts.tolist()]
-        if self.slots is None:
-            shape = (self.size, self.width, self.max_length, self.first_node)
-            self.slots = self.running = Slots.empty(*shape, like=rows[0].hidden)
+        if self.running is None:
+            self.running = self.workspace.begin(like=rows[0].hidden)
         at = (self.holds < 0).nonzero()[: len(new), 0]
         request = self.request
         numbers = (
@@ -108,9 +107,17 @@ class StaticEngine(Engine):
         )
         at_device, path, depth, trajectory, temperature = (self._on_device(x) for x in numbers)
         hidden = torch.cat([r.hidden for r in rows])
-        self.slots.fill(at_device, hidden, path, depth, trajectory, temperature)
+        self.running.fill(at_device, hidden, path, depth, trajectory, temperature)
         self.holds[at] = new
         self.age[at] = 0
+
+    def _open(self) -> None:
+        """Take the workspace, once the weights are merged."""
+        if self.workspace is None:
+            capacity = self.capacity(self.request, self.batch_size)
+            width = max(map(len, self.request.distinct)) + self.max_length
+            self.workspace = Workspace.of(self.policy, self.drawer, self.size, capacity, width)
+            self.kv, self.width = self.workspace.kv, self.workspace.width
 
     def _next(self) -> Tensor:
         """Trajectories that there is room for. A prefill waits until it fills some share of the batch."""
@@ -132,7 +139,7 @@ class StaticEngine(Engine):
         left = (self.max_length - self.age)[self.holds >= 0].max()
         count = min(self.poll_every if len(self.waiting) else -(-self.poll_every // 2), int(left))
         for _ in range(count):
-            self.steps(self.running)
+            self.workspace.steps(self.running)
         self.age += count
         self._harvest(*flags.read()[0])
         if not len(self.waiting):
@@ -171,8 +178,8 @@ class StaticEngine(Engine):
         if int((self.max_length - self.age)[held].max()) <= self.poll_every:
             return
         at = torch.cat([held.nonzero()[:, 0], (~held).nonzero()[:, 0]])[:size]
-        self.slots.move(self._on_device(at))
-        self.running, self.size = self.slots.start(size), size
+        self.running.move(self._on_device(at))
+        self.running, self.size = self.running.start(size), size
         self.holds, self.age = self.holds[at], self.age[at]
         self.num_moves += 1
 
@@ -194,47 +201,3 @@ class HostCopy:
         if self.event is not None:
             self.event.synchronize()
         return self.tensors
-
-
-class Steps:
-    """Runs the step. On CUDA, per number of slots, the first runs as it is, on a stream of its own, which
-    compiles kernels; the second is captured as a graph, which serves from then on.
-
-    The graphs hold the addresses of the slots, the pool and the (merged) weights: they go when this object
-    goes, with the engine or when it starts again.
-    """
-
-    def __init__(self, policy: Policy, drawer: Drawer, kv: KeyValues) -> None:
-        self.step = step_of(policy, drawer, kv)
-        # What FASTGFN_DEBUG=1 reads cannot be captured.
-        self.uses_graphs = policy.device.type == "cuda" and not is_debug()
-        self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
-        if self.uses_graphs:
-            self.stream = torch.cuda.Stream(policy.device)
-            self.memory = torch.cuda.graph_pool_handle()
-
-    def __call__(self, slots: Slots) -> None:
-        size = len(slots)
-        if not self.uses_graphs:
-            self.step(slots)
-        elif size not in self.graphs:
-            self._warm_up(slots)
-            self.graphs[size] = None
-        else:
-            if self.graphs[size] is None:
-                self.graphs[size] = self._captured(slots)
-            self.graphs[size].replay()
-
-    def _warm_up(self, slots: Slots) -> None:
-        current = torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            self.step(slots)
-        current.wait_stream(self.stream)
-
-    def _captured(self, slots: Slots) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        options = dict(pool=self.memory, stream=self.stream, capture_error_mode="thread_local")
-        with torch.cuda.graph(graph, **options):
-            self.step(slots)
-        return graph

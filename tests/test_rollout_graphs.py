@@ -1,0 +1,244 @@
+"""Steps as CUDA graphs: when they are captured, what they hold, when they serve again."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rollout_cases import static_engine
+
+from fastgfn.models.shapes import random_policy
+from fastgfn.rollout import engine, graphs, sample, sampling, static
+from fastgfn.rollout.graphs import Steps
+from fastgfn.types import Constraints
+
+PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 4, 6]]
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """What stand-ins for the graphs did: a capture runs nothing, replays of it run the step that it saw."""
+    done = []
+
+    class OnCpu(Steps):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.uses_graphs = True
+
+        def _warm_up(self, slots):
+            done.append(("warm up", len(slots)))
+            self.step(slots)
+
+        def _captured(self, slots):
+            done.append(("capture", len(slots)))
+
+            def replay():
+                done.append(("replay", len(slots)))
+                self.step(slots)
+
+            return SimpleNamespace(replay=replay)
+
+    monkeypatch.setattr(graphs, "Steps", OnCpu)
+    return done
+
+
+def test_every_bucket_warms_up_and_is_captured_once(tiny_policy, monkeypatch, done):
+    """The order of it, with stand-ins for the graphs: a capture runs nothing, replays of it run the step."""
+    monkeypatch.setattr(static, "LEAST_MOVED", 1)
+    bias = torch.zeros(13).index_fill_(0, torch.tensor([0]), 0.7)
+    prompts = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 4, 6], [1], [4, 5]]
+    setting = tiny_policy(), Constraints(0, max_length=20, logit_bias=bias), prompts, 10
+    replayed = static_engine(*setting, 60, poll_every=1)
+    with torch.no_grad():
+        got = replayed.run()
+        monkeypatch.setattr(graphs, "Steps", Steps)
+        want = static_engine(*setting, 60, poll_every=1).run()
+    assert got.sequences() == want.sequences() and torch.equal(got.log_pf, want.log_pf)
+    sizes = list(dict.fromkeys(size for _, size in done))
+    assert len(sizes) == replayed.num_moves + 1 >= 3
+    for size in sizes:
+        assert [what for what, s in done if s == size][:3] == ["warm up", "capture", "replay"]
+    assert [what for what, _ in done].count("capture") == len(sizes)
+
+
+@pytest.fixture
+def by_graphs(monkeypatch, done):
+    """`sample` with slots and stand-ins; it returns the rollouts and how many captures they took."""
+    from fastgfn.models import Policy
+
+    monkeypatch.setattr(Policy, "may_keep", lambda self, num_bytes: True)
+
+    def sample_by_graphs(*args, **options):
+        del done[:]
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, "choose_engine", lambda *args: static.StaticEngine)
+            return sample(*args, **options), [what for what, _ in done].count("capture")
+
+    return sample_by_graphs
+
+
+def assert_same(got, want):
+    assert got.sequences() == want.sequences()
+    for name in ("log_behavior", "log_pf", "log_pterm"):
+        pair = getattr(got, name), getattr(want, name)
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-5, equal_nan=True, msg=name)
+
+
+def test_graphs_serve_later_calls(tiny_policy, by_graphs):
+    """Through another seed, mask, temperatures, numbers, prompts and weights."""
+    policy = tiny_policy()
+    bias = torch.zeros(13)
+    calls = [
+        (PROMPTS, dict(seed=1)),
+        (PROMPTS, dict(seed=2)),
+        (PROMPTS, dict(seed=2, logit_bias=bias.index_fill(0, torch.tensor([3]), -5.0))),
+        (PROMPTS, dict(seed=-(2**60), temperature=1.7, first_trajectory=2**33)),
+        ([[7], [8, 9], [1, 2, 3], [4]], dict(seed=3)),
+        ([[7], [8, 9], [1, 2, 3], [4]], dict(seed=3, change=0.7)),
+        ([[7], [8, 9], [1, 2, 3], [4]], dict(seed=3)),
+    ]
+    seen = []
+    for i, (prompts, options) in enumerate(calls):
+        constraints = Constraints(0, 1, 8, logit_bias=options.pop("logit_bias", bias))
+        with torch.no_grad():
+            for _, p in policy.parameters():
+                p.mul_(options.get("change", 1.0))
+        options.pop("change", None)
+        options |= dict(policy=policy, constraints=constraints, num_samples=5)
+        got, captures = by_graphs(prompts, **options)
+        kept = policy.kept
+        assert captures == (1 if i == 0 else 0) and kept is not None
+        seen.append(got.sequences())
+        want = sample(prompts, **options)
+        assert policy.kept is None  # the other engine wants the memory
+        policy.kept = kept
+        assert_same(got, want)
+    assert len({str(s) for s in seen}) == len(calls) - 1
+
+
+def test_graphs_go_when_what_they_hold_changes(tiny_policy, by_graphs):
+    policy = tiny_policy()
+
+    def captures(prompts=PROMPTS, min_length=1, max_length=8, num_samples=5, bias=None, **options):
+        constraints = Constraints(0, min_length, max_length, logit_bias=bias)
+        options |= dict(policy=policy, constraints=constraints, num_samples=num_samples)
+        got, count = by_graphs(prompts, **options)
+        kept = policy.kept
+        assert_same(got, sample(prompts, **options))
+        policy.kept = kept
+        return count
+
+    assert captures() == 1 and captures() == 0
+    for change in (
+        dict(min_length=2),
+        dict(max_length=9),
+        dict(num_samples=9),
+        dict(bias=torch.zeros(13)),
+        dict(merge=False),
+    ):
+        assert captures(**change) == 1 and captures(**change) == 0, change
+        assert captures() == 1
+    long = [list(range(1, 13)) * 3]
+    assert captures(long, num_samples=20) == 1  # wider
+    assert captures() == 0
+    merged = policy._linear[0]
+    assert captures() == 0
+    merged.spare = None
+    pad = [torch.empty(merged.weight.shape, dtype=merged.weight.dtype) for _ in range(3)]
+    assert captures() == 1 and pad
+    layer = merged.layer
+    layer.scaling["default"] *= 2
+    assert captures() == 1 and captures() == 0
+    layer.lora_A["default"].weight = torch.nn.Parameter(layer.lora_A["default"].weight.detach().clone())
+    assert captures() == 1
+
+
+def test_nothing_is_kept_where_memory_may_not_stay_taken(tiny_policy, by_graphs, monkeypatch):
+    policy = tiny_policy()
+    asked = []
+    monkeypatch.setattr(type(policy), "may_keep", lambda self, n: asked.append(n) or False)
+    options = dict(policy=policy, constraints=Constraints(0, 1, 8), num_samples=5)
+    assert by_graphs(PROMPTS, **options)[1] == by_graphs(PROMPTS, **options)[1] == 1
+    assert policy.kept is None and min(asked) > 8 * 32 * policy.node_bytes // 2
+    assert all(layer.spare is None for layer in policy._linear)
+
+
+def test_a_cpu_keeps_nothing(tiny_policy):
+    assert not tiny_policy().may_keep(0)
+
+
+def test_merged_copies_stay_where_they_are_and_never_are_the_weights(tiny_policy, monkeypatch):
+    policy = tiny_policy()
+    monkeypatch.setattr(type(policy), "may_keep", lambda self, num_bytes: True)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+
+    def merged():
+        with policy.merged():
+            weights = [layer.merged.weight for layer in policy._linear]
+            return weights, [x.clone() for x in weights]
+
+    with policy._adapter_off():
+        plain, _ = merged()
+    assert all(x is layer.base.weight for x, layer in zip(plain, policy._linear, strict=True))
+    copies, values = merged()
+    with policy._adapter_off():
+        merged()
+    again, values_again = merged()
+    assert all(x is y for x, y in zip(copies, again, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(values, values_again, strict=True))
+    for name, p in policy.model.named_parameters():
+        assert torch.equal(p, before[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_size", [5, 16, None])
+def test_replayed_steps_draw_as_the_other_engine(monkeypatch, batch_size):
+    """Through refills, moves and several buckets; a graph is captured once for each."""
+    policy = random_policy("tiny", device="cuda")
+    prompts = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 4, 6]]
+    bias = torch.zeros(512).index_fill_(0, torch.tensor([0]), 4.0)
+    options = dict(policy=policy, constraints=Constraints(0, 1, 40, logit_bias=bias), num_samples=16)
+    made, captured = [], []
+
+    class Kept(static.StaticEngine):
+        def __init__(self, *args):
+            super().__init__(*args, poll_every=4)
+            made.append(self)
+
+    capture = graphs.Steps._captured
+    monkeypatch.setattr(graphs.Steps, "_captured", lambda *args: captured.append(args) or capture(*args))
+    monkeypatch.setattr(sampling, "choose_engine", lambda *args: Kept)
+    got = sample(prompts, batch_size=batch_size, **options)
+    sizes = [len(slots) for _, slots in captured]
+    assert len(sizes) == len(set(sizes)) >= 1 and (batch_size is not None or made[0].num_moves)
+    monkeypatch.setattr(sampling, "choose_engine", lambda *args: engine.Engine)
+    want = sample(prompts, batch_size=batch_size, **options)
+    assert got.sequences() == want.sequences()
+    for name in ("log_behavior", "log_pf", "log_pterm"):
+        pair = getattr(got, name), getattr(want, name)
+        torch.testing.assert_close(*pair, rtol=0, atol=1e-4, equal_nan=True, msg=name)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_replays_wait_for_nothing():
+    policy, constraints = random_policy("tiny", device="cuda"), Constraints(0, 1, 20)
+    replayed, plain = (static_engine(policy, constraints, [[1, 2], [3, 4, 5]], 8, 16) for _ in range(2))
+    with policy.merged():
+        for one in (replayed, plain):
+            one._admit()
+            one.workspace.steps.uses_graphs = one is replayed
+            for _ in range(2):
+                one.workspace.steps(one.running)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for one in (replayed, plain):
+                for _ in range(8):
+                    one.workspace.steps(one.running)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert replayed.workspace.steps.graphs[16] is not None and not plain.workspace.steps.graphs
+    for name in ("tokens", "lengths", "finished", "log_pf", "log_behavior", "hidden"):
+        assert torch.equal(getattr(replayed.workspace.slots, name), getattr(plain.workspace.slots, name)), (
+            name
+        )
