@@ -152,6 +152,41 @@ def test_graphs_go_when_what_they_hold_changes(tiny_policy, by_graphs):
     assert captures() == 1
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([[i, j] for i in range(1, 6) for j in range(1, 6)], [list(range(1, 13)) * 3]),
+        ([[1, 2]], [[i, j] for i in range(1, 6) for j in range(1, 6)]),
+    ],
+    ids=["wider", "more"],
+)
+def test_larger_prompts_need_new_memory(tiny_policy, by_graphs, first, second):
+    policy = tiny_policy()
+    for prompts, captures in ((first, 1), (second, 1), (first, 0), (second, 0)):
+        options = dict(policy=policy, constraints=Constraints(0, 1, 8), num_samples=25 // len(prompts))
+        got, count = by_graphs(prompts, **options)
+        kept = policy.kept
+        assert count == captures
+        assert_same(got, sample(prompts, **options))
+        policy.kept = kept
+
+
+def test_slots_that_moved_are_in_order_again(tiny_policy, by_graphs, monkeypatch):
+    monkeypatch.setattr(static, "LEAST_MOVED", 1)
+    monkeypatch.setattr(static.StaticEngine.__init__, "__defaults__", (1,))
+    policy, moves = tiny_policy(), []
+    move = static.Slots.move
+    monkeypatch.setattr(static.Slots, "move", lambda self, at: moves.append(at) or move(self, at))
+    bias = torch.zeros(13).index_fill_(0, torch.tensor([0]), 0.7)
+    for seed in range(4):
+        options = dict(policy=policy, constraints=Constraints(0, 1, 20, logit_bias=bias), num_samples=15)
+        got, _ = by_graphs(PROMPTS, seed=seed, **options)
+        kept = policy.kept
+        assert_same(got, sample(PROMPTS, seed=seed, **options))
+        policy.kept = kept
+        assert len(moves) > seed
+
+
 def test_nothing_is_kept_where_memory_may_not_stay_taken(tiny_policy, by_graphs, monkeypatch):
     policy = tiny_policy()
     asked = []

@@ -167,6 +167,18 @@ def test_a_prompt_is_forgotten_where_the_pool_is_full_and_computed_again(tiny_po
     assert 9 < sum(prefilled(passes)) < 27 and len(made.pool.token) == 6 + 2
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_no_prompt_is_forgotten_that_a_slot_needs(tiny_policy, by_slots, passes, seed):
+    prompts = [[i, j, 3] for i in (1, 5, 7) for j in (2, 4, 8)] * 3
+    options = dict(policy=tiny_policy(), constraints=Constraints(0, max_length=9), num_samples=1, seed=seed)
+    want = sample(prompts, batch_size=27, **options)
+    torch.manual_seed(seed)
+    del passes[:]
+    got, _ = by_slots(prompts, batch_size=3, poll_every=1, shuffle=True, **options)
+    assert_same(got, want)
+    assert sum(prefilled(passes)) > 27  # some were
+
+
 def test_prompts_are_prefilled_together(tiny_policy, by_slots, passes):
     """A slot that becomes free waits for a quarter of the batch before a new prompt is computed."""
     prompts = [[i, j] for i in range(1, 9) for j in range(1, 9)]
