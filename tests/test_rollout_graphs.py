@@ -201,6 +201,24 @@ def test_a_cpu_keeps_nothing(tiny_policy):
     assert not tiny_policy().may_keep(0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_that_cannot_be_told_is_not_taken_for_the_same(tiny_policy, by_graphs, dtype):
+    """Packed copies, as quantised weights, have no address."""
+    policy = tiny_policy(dtype=dtype)
+    options = dict(policy=policy, constraints=Constraints(0, 1, 8), num_samples=5)
+    with policy.merged():
+        packed = any(layer.merged.weight.is_mkldnn for layer in policy._linear)
+        assert (policy.addresses() == policy.addresses()) == (not packed)
+    assert policy.addresses() == policy.addresses()
+    for captures in (1, 1 if packed else 0):
+        got, count = by_graphs(PROMPTS, **options)
+        assert count == captures
+        if dtype == torch.float32:
+            kept = policy.kept
+            assert_same(got, sample(PROMPTS, **options))
+            policy.kept = kept
+
+
 def test_merged_copies_stay_where_they_are_and_never_are_the_weights(tiny_policy, monkeypatch):
     policy = tiny_policy()
     monkeypatch.setattr(type(policy), "may_keep", lambda self, num_bytes: True)

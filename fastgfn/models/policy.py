@@ -13,7 +13,7 @@ from fastgfn import checks
 from fastgfn.attention import NAME, TreeAttention
 from fastgfn.models import explicit
 from fastgfn.models.checkpointing import CheckpointedLayer, checkpoint_layers
-from fastgfn.models.linear import Linear, Merged, take_over
+from fastgfn.models.linear import Linear, take_over
 from fastgfn.models.log_probs import paired_log_probs, tree_log_probs
 from fastgfn.models.mlp import GatedMLP, take_over_mlps
 from fastgfn.models.probe import probe, refuse_local_attention
@@ -180,9 +180,11 @@ class Policy:
     def addresses(self) -> tuple:
         """Equal as long as forwards without gradient read the same memory in the same way."""
         tensors = (*self.model.parameters(), *self.model.buffers())
-        # what quantises keeps its memory to itself
-        places = tuple(x.data_ptr() if type(x) in (Tensor, nn.Parameter) else id(x) for x in tensors)
-        merged = tuple(_addresses(layer.merged) for layer in self._linear)
+        merged = [layer.merged or (None, None) for layer in self._linear]
+        places = (
+            tuple(map(_address, tensors)),
+            tuple((_address(m[0]), _address(m[1]), *m[2:]) for m in merged),
+        )
         adapters = tuple(
             (m.disable_adapters, *m.active_adapters, *m.scaling.values())
             for m in self.model.modules()
@@ -190,7 +192,7 @@ class Policy:
         )
         kind = self.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return places, merged, adapters, autocast, torch.get_float32_matmul_precision()
+        return places, adapters, autocast, torch.get_float32_matmul_precision()
 
     @contextlib.contextmanager
     def plain(self):
@@ -269,11 +271,12 @@ class Reference:
         return tree_log_probs(self, tree, logit_bias, no_stop_below)
 
 
-def _addresses(merged: Merged | None) -> tuple | None:
-    if merged is None:
+def _address(tensor: Tensor | None) -> object:
+    """Equal to itself alone where a tensor, quantised or packed, keeps its memory to itself."""
+    if tensor is None:
         return None
-    bias = None if merged.bias is None else merged.bias.data_ptr()
-    return merged.weight.data_ptr(), bias, merged.dtype, merged.without_adapter
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_mkldnn
+    return tensor.data_ptr() if is_plain else object()
 
 
 def _logit_scale(config) -> float:
