@@ -241,14 +241,14 @@ def test_repeatability(trainable):
 
 @pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trainable"])
 def test_repeatability_of_many_entries_on_two_threads(trainable):
-    """Sums over lists that torch would cut among threads."""
-    num_rows, extra = 20000, 12800
-    inputs = make_inputs(num_rows, 40, 4, num_rows + extra)
-    inputs["rows"] = torch.cat([torch.arange(num_rows), torch.arange(64).repeat(extra // 64)])
+    """Sums over lists that torch may cut among threads: 64 rows with 200 targets among 20000 with one."""
+    num_rows = 20000
+    rows = torch.cat([torch.arange(num_rows), torch.arange(64).repeat_interleave(200)])
+    inputs = make_inputs(num_rows, 300, 8, len(rows)) | {"rows": rows}
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        first, *others = (run(fused, inputs, torch.float32, trainable)[1] for _ in range(6))
+        first, *others = (run(fused, inputs, torch.float32, trainable)[1] for _ in range(12))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
