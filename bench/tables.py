@@ -107,16 +107,28 @@ def rollout() -> str:
     for r in rows:
         same = [o for o in rows if o["provider"] == "generate" and o["date"] == r["date"]]
         same = [o for o in same if all(o[k] == r[k] for k in setting)]
-        ratio = f"{float(r['tokens_per_s']) / float(same[0]['tokens_per_s']):.2f}x" if same else ""
+        ratio = f"{speed(r) / speed(same[0]):.2f}x" if same else ""
         total = str(int(r["prompts"]) * int(r["n"]))
         lengths = ", ".join(f"{float(r[f'length_{p}']):.0f}" for p in ("p10", "p50", "p90"))
-        speed = f"{float(r['tokens_per_s']):.0f}"
         body.append(
-            [r["dtype"], total, r["provider"], r["batch_size"] or "all", speed, ratio, r["length_mean"]]
+            [
+                r["dtype"],
+                total,
+                r["provider"],
+                r["batch_size"] or "all",
+                f"{speed(r):.0f}",
+                ratio,
+                r["length_mean"],
+            ]
         )
         body[-1].append(lengths)
     stamps = sorted({f"{r['device']}, {r['threads']} threads, commit {r['commit']}" for r in rows})
     return f"{table(header, body)}\n\n{'; '.join(stamps)}." if rows else "not measured"
+
+
+def speed(row: dict) -> float:
+    """Tokens per second: the mean number of a round over its median time."""
+    return float(row["drawn_tokens"]) / float(row["ms_p50"]) * 1e3
 
 
 def op(name: str) -> str:

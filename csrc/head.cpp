@@ -26,8 +26,8 @@ constexpr const char* kName = "head_forward";
 constexpr int64_t kRows = 64;   // of a block: its logits of one tile are 128 KB
 constexpr int64_t kTile = 512;  // columns of a tile
 // Columns of a panel, as which both copies of a tile are packed: in rows as wide as the tile, or as the model, those
-// of one step of a product lie a power of two apart and fall on the same few sets of the cache (1.6 times slower at
-// D = 2048).
+// of one step of a product lie a power of two apart and fall on the same few sets of the cache
+// (bench/NOTES.md has the times).
 constexpr int64_t kPanel = 64;
 
 // What turns a product into a logit, and a logit into what the softmax reads.

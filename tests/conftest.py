@@ -37,6 +37,20 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def seen_tokens(monkeypatch):
+    """How many tokens every forward pass of a policy had."""
+    from fastgfn.models import Policy
+
+    counts, hidden = [], Policy.hidden
+    monkeypatch.setattr(
+        Policy,
+        "hidden",
+        lambda self, tokens, *rest: counts.append(len(tokens)) or hidden(self, tokens, *rest),
+    )
+    return counts
+
+
+@pytest.fixture
 def small_tiles(monkeypatch):
     """The kernels of the head with several tiles of everything, none of them full."""
     from fastgfn.kernels import head, head_backward, head_fused

@@ -38,20 +38,6 @@ def engines(monkeypatch):
     return made
 
 
-@pytest.fixture
-def seen_tokens(monkeypatch):
-    """How many tokens every forward pass of a policy had."""
-    from fastgfn.models import Policy
-
-    counts, hidden = [], Policy.hidden
-    monkeypatch.setattr(
-        Policy,
-        "hidden",
-        lambda self, tokens, *rest: counts.append(len(tokens)) or hidden(self, tokens, *rest),
-    )
-    return counts
-
-
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7, 30])
 def test_draws_and_log_probs_do_not_depend_on_the_batch_size(tiny_policy, engines, batch_size):
     options = dict(policy=tiny_policy(), constraints=Constraints(0, max_length=6), num_samples=6, seed=4)

@@ -18,18 +18,6 @@ def rows(rollouts):
     return list(zip(rollouts.group.tolist(), map(tuple, rollouts.sequences()), strict=True))
 
 
-@pytest.fixture
-def seen_tokens(monkeypatch):
-    """How many tokens every forward pass of a policy had."""
-    counts, hidden = [], Policy.hidden
-    monkeypatch.setattr(
-        Policy,
-        "hidden",
-        lambda self, tokens, *rest: counts.append(len(tokens)) or hidden(self, tokens, *rest),
-    )
-    return counts
-
-
 def test_out_of_memory_starts_the_unfinished_again_in_half_the_batch(tiny_policy, monkeypatch):
     policy, options = tiny_policy(), dict(constraints=Constraints(0, max_length=6), num_samples=6, seed=4)
     want = sample(PROMPTS, policy=policy, **options)

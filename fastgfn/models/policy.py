@@ -217,9 +217,10 @@ class Policy:
         if self.device.type == "cuda":
             cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
             return torch.cuda.mem_get_info(self.device)[0] + cached
-        with open("/proc/meminfo") as file:
-            (line,) = (line for line in file if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) * 1024
+        # peft needs it too
+        import psutil
+
+        return psutil.virtual_memory().available
 
     @contextlib.contextmanager
     def _adapter_off(self):
