@@ -260,6 +260,12 @@ class Reference:
         return self.policy.head
 
     @torch.no_grad()
+    def hidden(self, tokens: Tensor, position: Tensor, attention) -> Tensor:
+        """(T, D) final hidden states of the base model, within `merged` too; see `Policy.hidden`."""
+        with self.policy._adapter_off():
+            return self.policy.hidden(tokens, position, attention)
+
+    @torch.no_grad()
     def tree_hidden(self, tokens: Tensor, position: Tensor, end: Tensor) -> Tensor:
         with self.policy._adapter_off():
             return self.policy.tree_hidden(tokens, position, end)

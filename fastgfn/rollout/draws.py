@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgfn import checks
 from fastgfn.functional.sampling import Draw, kept, sample_next, sample_next_from_hidden
-from fastgfn.models import Policy
+from fastgfn.models import Policy, Reference
 from fastgfn.ops.linear import product
 from fastgfn.ops.sample_next import philox4x32
 from fastgfn.phases import phase
@@ -26,15 +26,17 @@ COIN, UNIFORM = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F
 class Drawer:
     """Draws under one policy, one set of constraints and options; the noise is keyed by `seed`."""
 
-    def __init__(self, policy: Policy, constraints: Constraints, options: SamplingOptions, seed: int) -> None:
+    def __init__(
+        self, policy: Policy | Reference, constraints: Constraints, options: SamplingOptions, seed: int
+    ) -> None:
         self.head = policy.head
         self.constraints = constraints
         self.options = options
         self.seed = seed
-        device = policy.device
+        self.device = policy.head.weight.device
         bias = constraints.logit_bias
         wide = torch.promote_types(policy.head.weight.dtype, torch.float32)
-        self.logit_bias = None if bias is None else bias.to(device, wide)
+        self.logit_bias = None if bias is None else bias.to(self.device, wide)
         # (V,) bool, what a uniform draw may take; None: everything.
         self.uniform = None
         if bias is not None:

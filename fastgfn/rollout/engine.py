@@ -18,9 +18,10 @@ from fastgfn.attention import KeyValues, PathAttention, TreeAttention
 from fastgfn.models import Policy
 from fastgfn.ops.attention import TreeMask
 from fastgfn.phases import phase
+from fastgfn.rollout.drafts import DraftRequest, Drafts
 from fastgfn.rollout.draws import Drawer
-from fastgfn.rollout.hooks import Drafts, Grammar, Tool
-from fastgfn.rollout.nodes import NodePool, PrefixTree
+from fastgfn.rollout.hooks import Grammar, Tool
+from fastgfn.rollout.nodes import NodePool, PrefixTree, in_parts
 from fastgfn.rollout.trajectories import Trajectories
 from fastgfn.types import Constraints, Rollouts
 
@@ -97,6 +98,10 @@ class Engine:
         self.alive = torch.zeros(0, dtype=torch.int64)  # trajectories
         self.row_of = torch.zeros(0, dtype=torch.int64)
         self.drafted = Drafted()
+        self.drafter = None
+        if self.request.drafts is not None:
+            source = self.request.drafts.source
+            self.drafter = source.begin(self.policy, self.drawer, self.pool, self.width)
         self.resident: dict[int, Rows] = {}  # prompts of which some trajectories still wait
         self.waiting = (~self.trajectories.finished).nonzero()[:, 0]
 
@@ -163,14 +168,9 @@ class Engine:
     def _prefill_missing(self, wanted: list[int]) -> None:
         """Make these prompts resident, PREFILL_TOKENS at a time."""
         self._make_room(wanted)
-        part: list[int] = []
-        for prompt in [p for p in wanted if p not in self.resident]:
-            if part and sum(len(self.request.distinct[p]) for p in [*part, prompt]) > PREFILL_TOKENS:
-                self._prefill(part)
-                part = []
-            part.append(prompt)
-        if part:
-            self._prefill(part)
+        missing = {self.request.distinct[p]: p for p in wanted if p not in self.resident}
+        for part in in_parts(missing, PREFILL_TOKENS):
+            self._prefill([missing[prompt] for prompt in part])
 
     @phase("prefill")
     def _prefill(self, prompts: list[int]) -> None:
@@ -230,28 +230,32 @@ class Engine:
         return self.pool.token[grown.node], grown
 
     def _with_drafts(self, rows: Rows) -> Rows:
-        longest = torch.zeros(len(rows), dtype=torch.int64)
-        longest[self.row_of] = self.trajectories.lengths[self.alive]
+        drafts, places = self.request.drafts, torch.arange(len(rows))
+        first = torch.full_like(places, len(self.request.group))
+        first.scatter_reduce_(0, self.row_of, self.alive, "amin")
+        position = self.trajectories.lengths[first]
         # the state after max_length tokens is never read
-        counts = (self.max_length - 1 - longest).clamp(min=0).tolist()
-        prefixes = [
-            self.pool.token[p[:n].long()].tolist() for p, n in zip(rows.path, rows.length, strict=True)
-        ]
+        count = (self.max_length - 1 - position).clamp(0, drafts.length)
+        row, depth = _ragged(count)
+        ahead = self.pool.take(len(row))
+        rows.path[row, rows.length[row] + depth] = ahead.int()
+        request = DraftRequest(
+            self.pool, rows.path, rows.length, count, self.request.first_trajectory + first, position,
+            self.request.temperature[first],
+        )  # fmt: skip
         stops, vocab = self.request.constraints.termination_token_ids, self.policy.vocab_size
-        chains = self.request.drafts.propose(prefixes, counts, vocab, stops)
-        last = torch.arange(len(rows))
-        for depth in range(max(map(len, chains))):
-            own = [i for i, chain in enumerate(chains) if len(chain) > depth]
-            token = torch.tensor([chains[i][depth] for i in own])
-            parent, nodes = last[own], self.pool.take(len(own))
-            self.pool.link(nodes, rows.node[parent])
-            self.pool.token[nodes] = token
-            path, length = rows.path[parent], rows.length[parent] + 1
-            path[torch.arange(len(own)), length - 1] = nodes.int()
-            last[own] = len(rows) + torch.arange(len(own))
-            self.drafted.add(parent, token, last[own], vocab)
-            rows = rows.extended(Rows(rows.hidden, nodes, path, length))
-        return rows
+        chains = drafts.propose(self.drafter, request, vocab, stops)
+        size = torch.tensor([len(chain) for chain in chains])
+        is_used = depth < size[row]
+        self.pool.release(ahead[~is_used])
+        row, depth, nodes = row[is_used], depth[is_used], ahead[is_used]
+        token = torch.tensor([t for chain in chains for t in chain], dtype=torch.int64)
+        path, length = rows.path[row], rows.length[row] + depth + 1
+        self.pool.link(nodes, path[torch.arange(len(nodes)), length - 2].long())
+        self.pool.token[nodes] = token
+        at = len(rows) + torch.arange(len(nodes))
+        self.drafted.add(torch.where(depth == 0, row, at - 1), token, at, vocab)
+        return rows.extended(Rows(rows.hidden, nodes, path, length))
 
     def _forward(self, token: Tensor, rows: Rows) -> None:
         device = self.policy.device
@@ -316,6 +320,12 @@ class Engine:
 def prompt_nodes(request: Request, batch_size: int) -> int:
     """Most nodes of prompts at a time: of the longest that may run, and of the next of the queue."""
     return sum(sorted(map(len, request.distinct), reverse=True)[: batch_size + 1])
+
+
+def _ragged(count: Tensor) -> tuple[Tensor, Tensor]:
+    """For count[0] items, then count[1], ...: the place in `count` of each, and its number there."""
+    row = torch.arange(len(count)).repeat_interleave(count)
+    return row, torch.arange(len(row)) - (count.cumsum(0) - count)[row]
 
 
 class Drafted:

@@ -4,7 +4,7 @@ A node is one token below one prefix. It is held by the rows that end there and 
 again when nothing holds it. All of this is on the host, a few integers per node.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,18 +13,24 @@ from fastgfn import checks
 
 
 class NodePool:
-    """`capacity` nodes: `token`, `parent` (-1 at a root) and `holds`, each (capacity,) int64."""
+    """`capacity` nodes: `token`, `parent` (-1 at a root), `holds` and `takes`, how often each was taken; all
+    (capacity,) int64."""
 
     def __init__(self, capacity: int) -> None:
         self.token = torch.zeros(capacity, dtype=torch.int64)
         self.parent = torch.full((capacity,), -1)
         self.holds = torch.zeros(capacity, dtype=torch.int64)
+        self.takes = torch.zeros(capacity, dtype=torch.int64)
         self._free = torch.arange(capacity).flip(0)
         self._num_free = capacity
 
     @property
+    def capacity(self) -> int:
+        return len(self._free)
+
+    @property
     def num_taken(self) -> int:
-        return len(self._free) - self._num_free
+        return self.capacity - self._num_free
 
     def take(self, count: int) -> Tensor:
         """(count,) new roots, each held once by the caller."""
@@ -33,6 +39,7 @@ class NodePool:
         self._num_free -= count
         nodes = self._free[self._num_free : self._num_free + count].flip(0)
         self.holds[nodes] = 1
+        self.takes[nodes] += 1
         self.parent[nodes] = -1
         return nodes
 
@@ -89,3 +96,15 @@ class PrefixTree:
             torch.tensor(x, dtype=torch.int64) for x in (tokens, position, parent)
         )
         self.end = torch.tensor(end, dtype=torch.int32)
+
+
+def in_parts(sequences: Iterable[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
+    """The sequences in order, as many at a time as have `most` items together, one at least."""
+    part: list[Sequence[int]] = []
+    for sequence in sequences:
+        if part and sum(map(len, part)) + len(sequence) > most:
+            yield part
+            part = []
+        part.append(sequence)
+    if part:
+        yield part

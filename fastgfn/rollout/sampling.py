@@ -10,9 +10,10 @@ from torch import Tensor
 from fastgfn import checks
 from fastgfn.models import Policy
 from fastgfn.phases import phase
+from fastgfn.rollout.drafts import Drafts
 from fastgfn.rollout.draws import Drawer
 from fastgfn.rollout.engine import Engine, Request, is_out_of_memory
-from fastgfn.rollout.hooks import Drafts, Grammar, Tool
+from fastgfn.rollout.hooks import Grammar, Tool
 from fastgfn.rollout.options import SamplingOptions
 from fastgfn.rollout.static import StaticEngine
 from fastgfn.types import Constraints, Rollouts
@@ -58,7 +59,8 @@ def sample(
             is counted in the object.
         seed, first_trajectory: the noise of trajectory i is keyed by (seed, first_trajectory + i).
         batch_size: most that run at a time; None: 512, or what half of the free memory holds. Keys and values
-            take `policy.node_bytes` per token: prompts and batch_size (GPU: next power of 2) * max_length.
+            take `policy.node_bytes` per token: prompts and batch_size (GPU: next power of 2) * max_length;
+            those of a draft model as many again.
         merge: draw with the adapter merged into copies of the weights: faster, for a copy of the linear
             layers. In 16 bits merging rounds small adapters; compare `log_pf` with the score's.
         precision: dtype of those copies, e.g. torch.bfloat16 under a float32 policy; None: the base's. What
@@ -176,10 +178,11 @@ def _check_prefixes(prefixes, total: int, vocab: int, constraints: Constraints) 
 
 def _batch_size(batch_size: int | None, policy: Policy, request: Request, kind: type[Engine]) -> int:
     """The batch size asked for, if its keys and values fit, or the largest up to BATCH_SIZE."""
-    total = len(request.group)
+    total, drafts = len(request.group), request.drafts
+    node_bytes = policy.node_bytes + (0 if drafts is None else drafts.source.node_bytes)
 
     def num_bytes(size: int) -> int:
-        return kind.capacity(request, size) * policy.node_bytes
+        return kind.capacity(request, size) * node_bytes
 
     free = policy.free_bytes() + (0 if policy.kept is None else policy.kept.num_bytes)
     fits = [size for size in (2**i for i in range(1, 10)) if num_bytes(size) <= MEMORY_SHARE * free]
