@@ -1,6 +1,7 @@
-"""Grammars and tools."""
+"""Grammars, tools and drafts."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from fastgfn.ops.scan import tree_cumsum
 from fastgfn.packing import pack
 from fastgfn.passes import score_and_reward
 from fastgfn.rewards import LMReward
-from fastgfn.rollout import SamplingOptions, sample
+from fastgfn.rollout import DraftRequest, Drafts, PromptLookup, SamplingOptions, sample
+from fastgfn.rollout.nodes import NodePool
 from fastgfn.scoring import score
 from fastgfn.testing import assert_fits
 from fastgfn.types import Constraints, Role
@@ -245,6 +247,120 @@ def test_tool_output_with_the_termination_token_is_refused(tiny_policy):
         sample(
             [[1]], policy=tiny_policy(), constraints=Constraints(0), num_samples=4, tool=lambda i, z: [3, 0]
         )
+
+
+class Oracle:
+    """Drafts the right tokens of one batch of rollouts, or (wrong) always another."""
+
+    node_bytes = 0
+
+    def __init__(self, rollouts, wrong=False):
+        self.known = {}
+        self.wrong = wrong
+        for group, z in rows(rollouts):
+            for k in range(1, len(z)):
+                self.known.setdefault((tuple(PROMPTS[group]), z[:k]), z[k:])
+
+    def begin(self, *batch):
+        return self
+
+    def propose(self, request):
+        found = []
+        for prefix, count in zip(request.prefixes, request.count.tolist(), strict=True):
+            for prompt in PROMPTS:
+                key = (tuple(prompt), tuple(prefix[len(prompt) :]))
+                if key in self.known and list(prompt) == prefix[: len(prompt)]:
+                    draft = list(self.known[key])[:count]
+                    break
+            else:
+                draft = []
+            found.append([1 + t % 12 for t in draft] if self.wrong else draft)
+        return found
+
+
+@pytest.mark.parametrize("length", [1, 3, 20])
+@pytest.mark.parametrize("batch_size", [None, 4, 2, 1])
+@pytest.mark.parametrize("kind", ["right", "wrong", "lookup"])
+def test_drafts_change_nothing_but_the_passes(tiny_policy, monkeypatch, kind, batch_size, length):
+    from fastgfn.models import Policy
+
+    options = dict(policy=tiny_policy(), constraints=Constraints(0, 1, 7), num_samples=5, seed=6)
+    passes, hidden = [], Policy.hidden
+    monkeypatch.setattr(Policy, "hidden", lambda self, *args: passes.append(1) or hidden(self, *args))
+    want = sample(PROMPTS, batch_size=batch_size, **options)
+    without = len(passes)
+    sources = {"right": Oracle(want), "wrong": Oracle(want, wrong=True), "lookup": PromptLookup(2)}
+    drafts = Drafts(sources[kind], length)
+    del passes[:]
+    got = sample(PROMPTS, drafts=drafts, batch_size=batch_size, **options)
+    assert rows(got) == rows(want)
+    for name in ("log_behavior", "log_pf", "log_pterm"):
+        have, true = getattr(got, name), getattr(want, name)
+        torch.testing.assert_close(have, true, rtol=0, atol=1e-5, equal_nan=True)
+    assert len(passes) <= without and 0 <= drafts.accepted <= drafts.offered
+    if kind == "right":
+        assert drafts.acceptance > 0.5 and (length == 1 or len(passes) < without)
+    if kind == "wrong":
+        assert drafts.offered > 0 and drafts.accepted < drafts.offered / 2
+
+
+def test_drafts_work_beside_grammars_tools_and_prefixes(tiny_policy):
+    options = dict(
+        policy=tiny_policy(vocab=9), constraints=Constraints(0, max_length=7), num_samples=6, seed=6,
+        options=SamplingOptions(prefixes=[[2, 1]] * 9 + [[]] * 9),
+    )  # fmt: skip
+    extra = dict(grammar=EvenThenOdd(9), tool=lambda i, z: [3, 4, 3] if z[-1] == 3 and i % 3 == 0 else None)
+    want = sample(PROMPTS, **extra, **options)
+    got = sample(PROMPTS, drafts=Drafts(Oracle(want), 3), **extra, **options)
+    assert rows(got) == rows(want) and torch.equal(got.is_action, want.is_action)
+
+
+def request_of(texts, counts):
+    """What the engine asks for after these texts."""
+    pool, width = NodePool(99), max(map(len, texts))
+    path = torch.zeros(len(texts), width, dtype=torch.int32)
+    for row, text in zip(path, texts, strict=True):
+        nodes = pool.take(len(text))
+        pool.token[nodes], row[: len(text)] = torch.tensor(text), nodes.int()
+    zeros = torch.zeros(len(texts), dtype=torch.int64)
+    length = torch.tensor([len(text) for text in texts])
+    return DraftRequest(pool, path, length, torch.tensor(counts), zeros, zeros, zeros + 1.0)
+
+
+def test_prompt_lookup():
+    source = PromptLookup(2)
+    texts = [[5, 1, 2, 3, 4, 1, 2], [1, 2, 9, 2], [1], [7, 8], [3, 3, 3]]
+    request = request_of(texts, [3, 3, 3, 3, 2])
+    assert request.prefixes == texts
+    assert source.propose(request) == [[3, 4, 1], [9, 2], [], [], [3]]
+    drafts = Drafts(source)
+    assert drafts.propose(source, request_of(texts, [2, 0, 3, 3, 2]), 10, [4]) == [[3], [], [], [], [3]]
+    assert drafts.offered == 2
+
+
+@pytest.mark.parametrize(
+    ("propose", "message"),
+    [
+        (lambda r: [], "drafts must be 2 lists, got 0"),
+        (lambda r: [[1] * 9] * 2, r"drafts\[0\] must be at most 4 ids in \[0, 13\)"),
+        (lambda r: [[], [13]], r"drafts\[1\] must be at most 4 ids in \[0, 13\), got \[13\]"),
+    ],
+)
+def test_wrong_drafts_are_refused(propose, message):
+    drafter = SimpleNamespace(propose=propose)
+    with pytest.raises(InputError, match=message):
+        Drafts(PromptLookup()).propose(drafter, request_of([[1], [2]], [4, 4]), 13, [0])
+
+
+def test_what_is_no_source_of_drafts_is_refused(tiny_policy):
+    with pytest.raises(InputError, match="Drafts: source must be a DraftSource, got Policy; pass"):
+        Drafts(tiny_policy())
+
+
+@pytest.mark.parametrize("make", [lambda: PromptLookup(0), lambda: Drafts(PromptLookup(), 0)])
+def test_nothing_to_look_at_is_refused(make):
+    with pytest.raises(InputError, match="must be >= 1, got 0"):
+        make()
 
 
 def test_the_log_probs_above_are_those_of_transformers(tiny_policy):
