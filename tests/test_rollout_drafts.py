@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastgfn.attention import TreeAttention
 from fastgfn.checks import InputError
 from fastgfn.models import Policy
 from fastgfn.rollout import (
@@ -215,11 +216,13 @@ def test_kept_keys_and_values_draft_as_whole_prefixes_do(tiny_policy, monkeypatc
 
 def test_a_draft_model_computes_every_token_once_in_bounded_memory(tiny_policy, monkeypatch, drafters):
     policy, model, hidden = tiny_policy(), tiny_policy(family="gpt2"), Policy.hidden
-    tokens = {policy: 0, model: 0}
+    tokens, prompts = {policy: 0, model: 0}, []
 
-    def counted(self, ids, *rest):
+    def counted(self, ids, position, attention):
         tokens[self] += len(ids)
-        return hidden(self, ids, *rest)
+        if self is model and isinstance(attention, TreeAttention):
+            prompts.append(len(ids))
+        return hidden(self, ids, position, attention)
 
     monkeypatch.setattr(Policy, "hidden", counted)
     drafts = Drafts(ModelDrafts(model), 3)
@@ -228,7 +231,7 @@ def test_a_draft_model_computes_every_token_once_in_bounded_memory(tiny_policy, 
     rollouts = sample(PROMPTS, **options)
     # what the policy computes, but for the last token of each draft and those that were not followed
     assert 0 < tokens[model] < tokens[policy]
-    assert rollouts.num_tokens > 500
+    assert rollouts.num_tokens > 500 and prompts == [3, 2, 5]
     (drafter,) = drafters
     assert drafter.pool.num_taken == 0
     capacity = 3 + 2 + 5 + 4 * (20 + 2 * 3)

@@ -101,11 +101,11 @@ class ModelDrafts:
     far more often than the likeliest token is drawn. Trajectories that share a row get the draft of the first
     of them. Grammars, tools and given prefixes are not looked at; what they rule out is not accepted.
 
-    Cost: `length` passes of the model per step, every token once; its keys and values take node_bytes per
-    token for as long as the batch runs. Where passes cost as much as their tokens, as on a CPU, tokens per
-    second change by (1 + accepted) / (1 + length * c), accepted per row and step, c the cost of the model's
-    pass over the policy's: never above 1 for the base (c = 1), which gains only where the policy's pass takes
-    no longer for 1 + length tokens per row and more trajectories would not fill the GPU either.
+    Cost: `length` passes of the model per step, with every token once; its keys and values take node_bytes
+    per token for as long as the batch runs. Where a pass of the policy takes no longer for 1 + length tokens
+    per row, tokens per second change by (1 + accepted) / (1 + length * c), with what is accepted per row and
+    step and the cost c of the model's pass over the policy's. So the base gains nothing on a merged policy
+    (c = 1), and nothing gains where the cost grows with the tokens, as on a CPU.
 
     Raises (in `sample`):
         InputError: the model has another vocabulary or device, or too short a context.
