@@ -11,7 +11,7 @@ from fastgfn.models import Policy, explicit, load_policy
 from fastgfn.ops.attention import TreeMask
 from fastgfn.packing import pack
 from fastgfn.rewards import LMReward, log_reward
-from fastgfn.rollout import sample
+from fastgfn.rollout import Drafts, ModelDrafts, sample
 from fastgfn.scoring import score
 from fastgfn.types import Constraints, Role
 
@@ -100,6 +100,16 @@ def test_rollouts_carry_the_log_probs_of_the_score_and_of_transformers(family, d
             same(got, log_pterm)
         value = torch.cat([log_p.new_zeros(1), log_pf.cumsum(0)]) + log_p[:, 0]
         torch.testing.assert_close(reward[nodes].double(), value, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gptj", "mistral-window", "neox"])
+def test_drafts_of_the_policy_itself_are_accepted(family):
+    """A draft model computes an accepted token and the row after it in one pass, windows or not."""
+    policy, drafts = make_policy(family), Drafts(ModelDrafts(make_policy(family)), 3)
+    options = dict(constraints=Constraints(0, 2, 12), num_samples=6, seed=3, temperature=3.0)
+    want = sample(PROMPTS, policy=policy, **options).sequences()
+    assert sample(PROMPTS, policy=policy, drafts=drafts, **options).sequences() == want
+    assert drafts.acceptance == 1.0 and drafts.offered > 60
 
 
 def test_the_families_differ_in_what_they_are_there_for():

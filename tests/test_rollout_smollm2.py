@@ -7,7 +7,7 @@ from fastgfn.models import load_policy
 from fastgfn.ops.scan import tree_cumsum
 from fastgfn.packing import pack
 from fastgfn.reference.sample_next import gumbel, noise_words
-from fastgfn.rollout import Drafts, PromptLookup, sample
+from fastgfn.rollout import Drafts, ModelDrafts, PromptLookup, sample
 from fastgfn.scoring import score
 from fastgfn.types import Constraints
 
@@ -71,10 +71,17 @@ def gap(policy, prompt, prefix, trajectory, tokens):
 
 
 @pytest.mark.parametrize(
-    "other", [dict(batch_size=5), dict(drafts=Drafts(PromptLookup(), 3))], ids=["batch", "draft"]
+    ("make", "acceptance"),
+    [
+        (lambda policy: dict(batch_size=5), None),
+        (lambda policy: dict(drafts=Drafts(PromptLookup(), 3)), 0.0),
+        (lambda policy: dict(drafts=Drafts(ModelDrafts(policy.reference), 3)), 0.8),
+    ],
+    ids=["batch", "lookup", "base"],
 )
-def test_draws_differ_by_ties_at_most(setting, rollouts, other, capsys):
+def test_draws_differ_by_ties_at_most(setting, rollouts, make, acceptance, capsys):
     options, prompts = setting
+    other = make(options["policy"])
     got = sample(prompts, **options, **other)
     stop, ties = options["constraints"].termination_token_id, 0
     for n, (a, b) in enumerate(zip(rollouts.sequences(), got.sequences(), strict=True)):
@@ -89,7 +96,7 @@ def test_draws_differ_by_ties_at_most(setting, rollouts, other, capsys):
         print(f" {ties} ties in {got.num_tokens} draws", end="")
     assert ties <= 1
     if "drafts" in other:
-        assert other["drafts"].offered > 0
+        assert other["drafts"].offered > 0 and other["drafts"].acceptance >= acceptance
 
 
 def test_a_lower_precision_draws_from_a_nearby_policy(setting):

@@ -60,7 +60,7 @@ def sample(
         seed, first_trajectory: the noise of trajectory i is keyed by (seed, first_trajectory + i).
         batch_size: most that run at a time; None: 512, or what half of the free memory holds. Keys and values
             take `policy.node_bytes` per token: prompts and batch_size (GPU: next power of 2) * max_length;
-            those of a draft model as many again.
+            those of a draft model come on top.
         merge: draw with the adapter merged into copies of the weights: faster, for a copy of the linear
             layers. In 16 bits merging rounds small adapters; compare `log_pf` with the score's.
         precision: dtype of those copies, e.g. torch.bfloat16 under a float32 policy; None: the base's. What
