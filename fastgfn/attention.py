@@ -26,10 +26,15 @@ class KeyValues:
 
     def write(self, layer: int, nodes: Tensor, *new: Tensor) -> None:
         """Keys and values (Hkv, n, d) of `nodes` (n,)."""
-        if layer not in self.layers:
-            self.layers[layer] = tuple(x.new_empty(self.capacity, x.shape[0], x.shape[2]) for x in new)
-        for pool, x in zip(self.layers[layer], new, strict=True):
+        pools = self.pools(layer, new[0], *((x.shape[0], x.shape[2]) for x in new))
+        for pool, x in zip(pools, new, strict=True):
             pool.index_copy_(0, nodes, x.transpose(0, 1))
+
+    def pools(self, layer: int, like: Tensor, *sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer, of `sizes` (Hkv, d) where they are still to be allocated."""
+        if layer not in self.layers:
+            self.layers[layer] = tuple(like.new_empty(self.capacity, *size) for size in sizes)
+        return self.layers[layer]
 
 
 @dataclass(slots=True)
@@ -56,9 +61,16 @@ class PathAttention:
     length: Tensor  # (n,) int64
 
     def __call__(self, layer, query, key, value, **options):
-        self.kv.write(layer, self.nodes, key[0], value[0])
-        pool = self.kv.layers[layer]
-        return path_attention(query[0].transpose(0, 1), *pool, self.path, self.length, **options)[None]
+        self.write(layer, key[0], value[0])
+        return self.attend(layer, query[0].transpose(0, 1), **options)[None]
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keys and values (Hkv, n, d) of the rows."""
+        self.kv.write(layer, self.nodes, key, value)
+
+    def attend(self, layer: int, query: Tensor, **options) -> Tensor:
+        """(n, H, d) of queries (n, H, d), once the keys and values of the rows are written."""
+        return path_attention(query, *self.kv.layers[layer], self.path, self.length, **options)
 
 
 def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

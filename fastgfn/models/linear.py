@@ -1,12 +1,13 @@
 """The linear layers of a backbone, run by the ops of `fastgfn.ops.linear` wherever those cover them."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastgfn.ops.linear import frozen_linear, lora_linear, packed, product
+from fastgfn.ops.linear import frozen_linear, lora_linear, product, rollout_weight
 
 
 class Linear:
@@ -28,9 +29,9 @@ class Linear:
     def __call__(self, x: Tensor, *args, **options) -> Tensor:
         if args or options or torch.is_autocast_enabled(x.device.type):
             return self.own_forward(x, *args, **options)
-        merged = self.merged
-        if merged is not None and self._takes(merged, x):
-            return product(x.to(merged.dtype), merged.weight, merged.bias).to(x.dtype)
+        if self.takes(x):
+            out, rows = self.merged.product(x), self.merged.rows
+            return (out if rows is None else out[..., slice(*rows)]).to(x.dtype)
         weight = self.weight
         fits = x.dtype == weight.dtype and x.device.type == weight.device.type
         if not fits or not self.is_covered:
@@ -39,10 +40,12 @@ class Linear:
             return frozen_linear(x, weight, self.base.bias)
         return lora_linear(x, weight, self.base.bias, *self.lora)
 
-    def _takes(self, merged: "Merged", x: Tensor) -> bool:
-        same_adapter = merged.without_adapter == self.without_adapter
-        same_device = x.device.type == self.base.weight.device.type
-        return same_adapter and same_device and x.is_floating_point() and not torch.is_grad_enabled()
+    def takes(self, x: Tensor) -> bool:
+        """Whether the merged weight is that of a pass over x, without gradient."""
+        if self.merged is None or torch.is_grad_enabled() or not x.is_floating_point():
+            return False
+        same_adapter = self.merged.without_adapter == self.without_adapter
+        return same_adapter and x.device.type == self.base.weight.device.type
 
     @property
     def weight(self) -> Tensor:
@@ -71,7 +74,7 @@ class Linear:
         # what quantises keeps its weight in a subclass of Tensor
         if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
             return False
-        return not self.has_adapter or (not _is_hooked(self.base) and _is_plain_lora(self.layer))
+        return not self.has_adapter or (not is_hooked(self.base) and _is_plain_lora(self.layer))
 
     @torch.no_grad()
     def merge(self, dtype: torch.dtype | None = None) -> None:
@@ -82,16 +85,26 @@ class Linear:
         """
         if not self._is_mergeable:
             return
-        weight, bias = self.weight, self.base.bias
-        dtype = weight.dtype if dtype is None else dtype
-        if not self.without_adapter:
-            a, b, scale = self.lora
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            weight = product(b.to(wide), a.T.to(wide)).mul_(scale).add_(weight)
-        weight, bias = packed(weight.to(dtype)), None if bias is None else bias.to(dtype)
-        if self.spare is not None:
-            weight, bias = _in_place_of(self.spare.weight, weight), _in_place_of(self.spare.bias, bias)
-        self.merged, self.spare = Merged(weight, bias, dtype, self.without_adapter), None
+        dtype = self.base.weight.dtype if dtype is None else dtype
+        weight, bias = rollout_weight(self.summed(), dtype), self.base.bias
+        self.merged = Merged(weight, None if bias is None else bias.to(dtype), dtype, self.without_adapter)
+        self._keep_place()
+
+    def summed(self) -> Tensor:
+        """(N, K) W + scale B A, or W with the adapter off."""
+        weight = self.weight
+        if self.without_adapter:
+            return weight
+        a, b, scale = self.lora
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return product(b.to(wide), a.T.to(wide)).mul_(scale).add_(weight)
+
+    def _keep_place(self) -> None:
+        """The merged weight and bias, in the memory of the spare ones."""
+        merged, spare, self.spare = self.merged, self.spare, None
+        if spare is not None:
+            weight, bias = _in_place_of(spare.weight, merged.weight), _in_place_of(spare.bias, merged.bias)
+            self.merged = merged._replace(weight=weight, bias=bias)
 
     def unmerge(self, keep: bool = False) -> None:
         """keep: the memory of the copy, for the next `merge`; a CUDA graph holds its address."""
@@ -108,6 +121,56 @@ class Merged(NamedTuple):
     bias: Tensor | None
     dtype: torch.dtype
     without_adapter: bool
+    rows: tuple[int, int] | None = None  # of weight and bias, where layers share one
+
+    def product(self, x: Tensor) -> Tensor:
+        """Of all rows, in `dtype`."""
+        return product(x.to(self.dtype), self.weight, self.bias)
+
+
+class Packed:
+    """Linear layers that read one input, merged into one weight, the rows of one after those of another:
+    a copy that all of them share. The first keeps its memory."""
+
+    def __init__(self, members: list[Linear]) -> None:
+        self.members = members
+
+    @torch.no_grad()
+    def merge(self, dtype: torch.dtype | None = None) -> bool:
+        """`Linear.merge` of all members; or False, and nothing is done, where one of them cannot be merged,
+        they differ in kind, or no copy is needed."""
+        first = self.members[0]
+        if not all(m._is_mergeable for m in self.members):
+            return False
+        bases = [m.base for m in self.members]
+        kinds = {(m.base.weight.dtype, m.base.weight.device, m.without_adapter) for m in self.members}
+        dtype = bases[0].weight.dtype if dtype is None else dtype
+        copies = not first.without_adapter or dtype != bases[0].weight.dtype or first.spare is not None
+        if len(kinds) > 1 or not copies:
+            return False
+        weight = torch.cat([m.summed().to(dtype) for m in self.members])
+        sizes = [m.weight.shape[0] for m in self.members]
+        bias = [
+            b.weight.new_zeros(n) if b.bias is None else b.bias for b, n in zip(bases, sizes, strict=True)
+        ]
+        bias = None if all(b.bias is None for b in bases) else torch.cat(bias).to(dtype)
+        first.merged = Merged(rollout_weight(weight, dtype), bias, dtype, first.without_adapter)
+        first._keep_place()
+        ends = list(itertools.accumulate(sizes, initial=0))
+        for member, rows in zip(self.members, itertools.pairwise(ends), strict=True):
+            member.spare, member.merged = None, first.merged._replace(rows=rows)
+        return True
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the merged weights are those of a pass over x, without gradient."""
+        return all(m.takes(x) for m in self.members)
+
+    def product(self, x: Tensor) -> Tensor:
+        """(n, sum N) of x (n, K), side by side."""
+        merged = [m.merged for m in self.members]
+        if merged[0].rows is not None:
+            return merged[0].product(x)
+        return torch.cat([m.product(x) for m in merged], -1)
 
 
 def _in_place_of(old: Tensor | None, new: Tensor | None) -> Tensor | None:
@@ -123,16 +186,17 @@ def _is_plain_lora(layer: nn.Module) -> bool:
     if layer.merged or len(names) != 1 or names[0] not in layer.lora_A or names[0] in layer.lora_variant:
         return False
     a, b = layer.lora_A[names[0]], layer.lora_B[names[0]]
-    if _is_hooked(a) or _is_hooked(b):
+    if is_hooked(a) or is_hooked(b):
         return False
     dropout = getattr(layer.lora_dropout[names[0]], "p", 0.0)
     return b.bias is None and a.weight.dtype == b.weight.dtype and not dropout
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class: hooks, or a forward of its own (offloading)."""
+def is_hooked(module: nn.Module, forward: object = None) -> bool:
+    """Whether calling the module does more than its class, or than `forward` in its place: hooks, or another
+    forward (offloading)."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
-    return any((*hooks, module._backward_pre_hooks)) or "forward" in module.__dict__
+    return any((*hooks, module._backward_pre_hooks)) or module.__dict__.get("forward") is not forward
 
 
 def take_over(backbone: nn.Module) -> list[Linear]:

@@ -1,6 +1,8 @@
 """The gated MLPs of a backbone, without their product in the autograd graph: it is the largest activation of
 a layer, and one elementwise pass makes it again from the two projections that are saved anyway."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
@@ -47,14 +49,18 @@ def take_over_mlps(backbone: nn.Module) -> int:
     """Put a `GatedMLP` in the place of the forward of every MLP that computes the same; returns how many."""
     count = 0
     for mlp in backbone.modules():
-        if _computes(type(mlp)) == _computes(LlamaMLP) and "forward" not in mlp.__dict__:
+        if computes(type(mlp).forward) == computes(LlamaMLP.forward) and "forward" not in mlp.__dict__:
             if isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)):
                 mlp.forward = GatedMLP(mlp)
                 count += 1
     return count
 
 
-def _computes(kind: type[nn.Module]) -> tuple:
-    """What the forward of a class does, in bytecode: the same text in another class gives the same."""
-    code = getattr(kind.forward, "__code__", None)
-    return () if code is None else (code.co_code, code.co_names, code.co_consts, code.co_varnames)
+def computes(function: Callable) -> tuple:
+    """What a function does, in bytecode, and all that wrap it: the same text elsewhere gives the same."""
+    found = []
+    while (code := getattr(function, "__code__", None)) is not None:
+        constants = tuple(c for c in code.co_consts if c != function.__doc__)
+        found.append((code.co_code, code.co_names, constants, code.co_varnames))
+        function = getattr(function, "__wrapped__", None)
+    return tuple(found)

@@ -13,6 +13,7 @@ from fastgfn import checks
 from fastgfn.attention import NAME, TreeAttention
 from fastgfn.models import explicit
 from fastgfn.models.checkpointing import CheckpointedLayer, checkpoint_layers
+from fastgfn.models.decode_layer import DecoderLayer, take_over_layers
 from fastgfn.models.linear import Linear, take_over
 from fastgfn.models.log_probs import paired_log_probs, tree_log_probs
 from fastgfn.models.mlp import GatedMLP, take_over_mlps
@@ -68,6 +69,7 @@ class Policy:
         self._linear = take_over(self._backbone)
         self.kept = None  # what `sample` keeps here between calls
         take_over_mlps(self._backbone)
+        self._packed = [p for m in take_over_layers(self._backbone) for p in (m.qkv, m.gate_up)]
         self._is_checkpointed = False
         # Of one token: the keys and values of all layers. And whether CUDA graphs may hold a decoding step.
         self.node_bytes, self.has_static_step = probe(self)
@@ -162,11 +164,14 @@ class Policy:
         Yields the number of layers that are merged.
         """
         try:
+            done = {id(m) for p in self._packed if p.merge(dtype) for m in p.members}
             for layer in self._linear:
-                layer.merge(dtype)
+                if id(layer) not in done:
+                    layer.merge(dtype)
             yield sum(layer.merged is not None for layer in self._linear)
         finally:
             copies = [layer.merged.weight for layer in self._linear if layer.merged is not None]
+            copies = {id(x): x for x in copies}.values()  # some are shared
             keep = self.may_keep(sum(x.numel() * x.element_size() for x in copies))
             for layer in self._linear:
                 layer.unmerge(keep)
@@ -200,7 +205,7 @@ class Policy:
         taken = {
             module: module.__dict__.pop("forward")
             for module in self.model.modules()
-            if isinstance(module.__dict__.get("forward"), (Linear, GatedMLP, CheckpointedLayer))
+            if isinstance(module.__dict__.get("forward"), (Linear, GatedMLP, DecoderLayer, CheckpointedLayer))
         }
         if self._takes_function:
             self.model.set_attn_implementation("sdpa")

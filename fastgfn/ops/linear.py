@@ -40,6 +40,20 @@ def packed(weight: Tensor) -> Tensor:
     return weight
 
 
+def rollout_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight (N, K) rounded to dtype, as `product` reads it in passes without gradient."""
+    return packed(weight.to(dtype))
+
+
+def add_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """out (n, N) += `product`, in one kernel where the product can add."""
+    is_plain = isinstance(weight, Tensor) and not weight.is_mkldnn and not _uses_onednn(x, weight)
+    if is_plain and bias is None and out.dtype == x.dtype:
+        out.addmm_(x, weight.T)
+    else:
+        out.add_(product(x, weight, bias))
+
+
 def _packs_bfloat16(weight: Tensor) -> bool:
     """torch sends bfloat16 products to oneDNN itself, and packs the weight in each."""
     usable = HAS_ONEDNN and torch.backends.mkldnn.enabled and weight.device.type == "cpu"
