@@ -15,6 +15,7 @@ import sys
 import tempfile
 
 from fastgfn.kernels import (
+    decode_layer,
     head,
     head_backward,
     head_fused,
@@ -120,6 +121,44 @@ def draw_variants():
                 }
 
 
+STEP_32 = dict.fromkeys(
+    ("x", "delta", "weight", "sum", "out", "row", "cos", "sin", "query_weight", "key_weight"), "*fp32"
+)
+STEP_32 = {f"{name}_ptr": kind for name, kind in STEP_32.items()}
+STEP_32 |= dict.fromkeys(("query_ptr", "keys_ptr", "values_ptr"), "*fp32")
+STEP = dict.fromkeys(STEP_32, "*bf16") | {"nodes_ptr": "*i64", "eps": "fp32"}
+BF16_ROWS = {"row_ptr": "*bf16", "delta_ptr": "*bf16"}
+
+
+def norm_variants():
+    """Every number of warps, with its widest row, as a sum and alone."""
+    alone = {"HAS_DELTA": False, "delta_ptr": None, "sum_ptr": None}
+    for width, num_warps in decode_layer.NORM_WARPS:
+        for flags in ({"HAS_DELTA": True}, alone):
+            for types in ({}, STEP_32 | BF16_ROWS):
+                yield flags | {
+                    "IS_INTERPRETED": False,
+                    "BLOCK": width,
+                    "ALIGNED": "all",
+                    "TYPES": types,
+                    "OPTIONS": {"num_warps": num_warps},
+                }
+
+
+def rope_variants():
+    none = {"HAS_NORM": False, "query_weight_ptr": None, "key_weight_ptr": None}
+    for width in (64, 80, 128, 256):
+        for flags in (none, {"HAS_NORM": True}):
+            for types in ({}, STEP_32 | BF16_ROWS):
+                yield flags | {
+                    "IS_INTERPRETED": False,
+                    "WIDTH": width,
+                    "BLOCK": 1 << (width // 2 - 1).bit_length(),
+                    "ALIGNED": "all",
+                    "TYPES": types,
+                }
+
+
 def tile(blocks, precision="ieee"):
     rows, vocab, width, num_warps, num_stages = blocks
     sizes = {"BLOCK_R": rows, "BLOCK_V": vocab, "BLOCK_D": width, "PRECISION": precision, "WIDTH": 2048}
@@ -140,6 +179,15 @@ UNEVEN = {"IS_EVEN": False, "WIDTH": 1602}
 # Module and kernel -> argument types (default: *fp32 for pointers, i32), variants of its constants, warps.
 # A variant may add TYPES, OPTIONS of the compiler and the ALIGNED arguments.
 KERNELS = {
+    "decode_layer._rms_norm_fwd_kernel": (STEP, tuple(norm_variants()), None),
+    "decode_layer._rope_write_fwd_kernel": (STEP, tuple(rope_variants()), 1),
+    "decode_layer._silu_mul_fwd_kernel": (
+        STEP,
+        tuple(
+            {"BLOCK": decode_layer.GATE_TILE[0], "ALIGNED": "all", "TYPES": types} for types in ({}, STEP_32)
+        ),
+        decode_layer.GATE_TILE[1],
+    ),
     "head._entry_logits_fwd_kernel": (
         HEAD | INDICES,
         row_pass_variants(

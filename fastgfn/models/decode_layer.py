@@ -19,7 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from fastgfn.attention import PathAttention, TreeAttention
 from fastgfn.models.linear import Linear, Packed, is_hooked
 from fastgfn.models.mlp import GatedMLP, computes
-from fastgfn.ops.decode_layer import add_rms_norm, rms_norm, rope, rope_write, silu_mul_row
+from fastgfn.ops.decode_layer import MAX_WIDTH, add_rms_norm, rms_norm, rope, rope_write, silu_mul_row
 from fastgfn.ops.linear import add_product
 
 
@@ -108,6 +108,8 @@ def _is_covered(layer: nn.Module) -> bool:
     projections += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+    if layer.input_layernorm.weight.numel() > MAX_WIDTH:
+        return False
     return all(isinstance(m.__dict__.get("forward"), Linear) for m in projections) and all(
         computes(type(n).forward) == computes(LlamaRMSNorm.forward) for n in norms
     )

@@ -12,6 +12,8 @@ from torch import Tensor
 from fastgfn import checks
 
 Norms = tuple[Tensor, Tensor]
+# Of the rows that a norm takes on CUDA: a program holds one.
+MAX_WIDTH = 32768
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -73,7 +75,7 @@ def rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(queries (n, H, d), keys, values (n, Hkv, d)) of `dtype`, by torch; see `rope_write`."""
     wide = torch.promote_types(dtype, torch.float32)
-    both = row.view(len(row), -1, cos.shape[1])
+    both = row.view(len(row), row.shape[1] // cos.shape[1], cos.shape[1])
     values = both[:, -kv_heads:].to(dtype)
     both = both[:, :-kv_heads].to(wide)
     heads = both.shape[1] - kv_heads
@@ -110,7 +112,7 @@ def _rope_write(row, cos, sin, nodes, keys, values, query_weight, key_weight, ep
     query, *new = rope(row, cos, sin, keys.shape[1], norms, eps, keys.dtype)
     for pool, x in zip((keys, values), new, strict=True):
         pool.index_copy_(0, nodes, x)
-    return query
+    return query.contiguous()
 
 
 def _silu_mul_row(row: Tensor) -> Tensor:
@@ -121,12 +123,14 @@ def _silu_mul_row(row: Tensor) -> Tensor:
 def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     from fastgfn.kernels import decode_layer as kernels
 
+    _check_width("rms_norm", x)
     return kernels.rms_norm(_rows("rms_norm", x), None, weight.contiguous(), eps)[1]
 
 
 def _add_rms_norm_triton(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from fastgfn.kernels import decode_layer as kernels
 
+    _check_width("add_rms_norm", x)
     x, delta = (_rows("add_rms_norm", t) for t in (x, delta))
     return kernels.rms_norm(x, delta, weight.contiguous(), eps)
 
@@ -151,6 +155,11 @@ def _rows(function: str, x: Tensor) -> Tensor:
         fix = "cast the model to float32"
         checks.fail(function, "input", "below float64 on CUDA", x.dtype, fix, kind=checks.InputTypeError)
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check_width(function: str, x: Tensor) -> None:
+    want, fix = f"at most {MAX_WIDTH} wide on CUDA", "use the norm of the model"
+    checks.check(x.shape[1] <= MAX_WIDTH, function, "x", want, x.shape[1], fix)
 
 
 def _check_norm(function: str, x: Tensor, weight: Tensor) -> None:

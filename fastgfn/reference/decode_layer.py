@@ -38,7 +38,7 @@ def rope_write(
     """(queries (n, H, d), keys, values) from rows (n, (H + 2 Hkv) d): the pools with the nodes written."""
     kv_heads, width = keys.shape[1:]
     heads = row.shape[1] // width - 2 * kv_heads
-    q, k, v = row.view(len(row), -1, width).split([heads, kv_heads, kv_heads], 1)
+    q, k, v = row.view(len(row), heads + 2 * kv_heads, width).split([heads, kv_heads, kv_heads], 1)
     if norms is not None:
         q, k = (rms_norm(x, weight, eps) for x, weight in zip((q, k), norms, strict=True))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
