@@ -26,15 +26,14 @@ class KeyValues:
 
     def write(self, layer: int, nodes: Tensor, *new: Tensor) -> None:
         """Keys and values (Hkv, n, d) of `nodes` (n,)."""
-        pools = self.pools(layer, new[0], *((x.shape[0], x.shape[2]) for x in new))
-        for pool, x in zip(pools, new, strict=True):
+        if layer not in self.layers:
+            self.allocate(layer, *new)
+        for pool, x in zip(self.layers[layer], new, strict=True):
             pool.index_copy_(0, nodes, x.transpose(0, 1))
 
-    def pools(self, layer: int, like: Tensor, *sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The keys and values of a layer, of `sizes` (Hkv, d) where they are still to be allocated."""
-        if layer not in self.layers:
-            self.layers[layer] = tuple(like.new_empty(self.capacity, *size) for size in sizes)
-        return self.layers[layer]
+    def allocate(self, layer: int, *new: Tensor) -> None:
+        """The pools of a layer, for keys and values such as these (Hkv, n, d)."""
+        self.layers[layer] = tuple(x.new_empty(self.capacity, x.shape[0], x.shape[2]) for x in new)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Widest row -> warps of a program that holds it.
-NORM_WARPS = ((1024, 4), (4096, 8), (16384, 16), (32768, 32))
+NORM_WARPS = ((1024, 4), (4096, 8), (16384, 16))
 # (columns of one tile, warps).
 GATE_TILE = (512, 2)
 

@@ -38,7 +38,7 @@ class DecoderLayer:
         self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
         self.norms = [layer.input_layernorm, layer.post_attention_layernorm, *self.head_norms]
         # what a pass here goes by: modules without and with a forward in the place of their own
-        self.plain = [attention, mlp.act_fn, *self.norms]
+        self.plain = [attention, *self.norms]
         self.taken = {mlp: mlp.forward} | {m.layer: m for m in linear}
 
     def __call__(self, x: Tensor, *args, **options) -> Tensor:
@@ -81,9 +81,10 @@ class DecoderLayer:
         eps = self.head_norms[0].variance_epsilon if norms else 0.0
         options = dict(scale=own.scaling, softcap=None, window=self.window(own))
         if isinstance(attention, PathAttention):
-            like = row if row.dtype == dtype else row.new_empty(0, dtype=dtype)
-            pools = attention.kv.pools(layer, like, (kv_heads, width), (kv_heads, width))
-            query = rope_write(row, *angles, attention.nodes, *pools, norms, eps)
+            if layer not in attention.kv.layers:
+                like = row.new_empty(kv_heads, 0, width, dtype=dtype)
+                attention.kv.allocate(layer, like, like)
+            query = rope_write(row, *angles, attention.nodes, *attention.kv.layers[layer], norms, eps)
             return attention.attend(layer, query, **options).flatten(1)
         heads = rope(row, *angles, kv_heads, norms, eps, dtype)
         return attention(layer, *(x.transpose(0, 1)[None] for x in heads), **options)[0].flatten(1)

@@ -13,7 +13,7 @@ from fastgfn import checks
 
 Norms = tuple[Tensor, Tensor]
 # Of the rows that a norm takes on CUDA: a program holds one.
-MAX_WIDTH = 32768
+MAX_WIDTH = 16384
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
