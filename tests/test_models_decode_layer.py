@@ -259,7 +259,7 @@ def test_another_forward_inside_a_layer_is_called():
 
 @torch.no_grad()
 def test_what_is_not_covered_goes_to_the_layer():
-    policy = make(dtype=torch.float32)
+    policy = make()
     want = one_step(policy)
     assert not want["fastgfn::add_rms_norm"]
     with policy.merged():

@@ -37,9 +37,9 @@ class DecoderLayer:
         self.output, self.down = linear[5:]
         self.head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
         self.norms = [layer.input_layernorm, layer.post_attention_layernorm, *self.head_norms]
-        # what a pass here goes by: modules without and with a forward in the place of their own
-        self.plain = [attention, *self.norms]
-        self.taken = {mlp: mlp.forward} | {m.layer: m for m in linear}
+        # the modules that a pass here does not call, with what stands in for their forward
+        self.skipped = dict.fromkeys((attention, *self.norms)) | {mlp: mlp.forward}
+        self.skipped |= {m.layer: m for m in linear}
 
     def __call__(self, x: Tensor, *args, **options) -> Tensor:
         attention, angles = options.get("attention"), options.get("position_embeddings")
@@ -61,16 +61,14 @@ class DecoderLayer:
             return False
         if past_key_values is not None or torch.is_autocast_enabled(x.device.type):
             return False
-        has_angles = isinstance(angles, tuple) and len(angles) == 2
         width = self.layer.self_attn.head_dim
-        if not has_angles or any(t.shape != (1, x.shape[1], width) for t in angles):
+        is_row = x.dim() == 3 and x.shape[0] == 1 and isinstance(angles, tuple) and len(angles) == 2
+        if not is_row or any(t.shape != (1, x.shape[1], width) for t in angles):
             return False
         parts = (self.qkv, self.gate_up, self.output, self.down)
         if not all(part.takes(x) for part in parts) or any(n.weight.dtype != x.dtype for n in self.norms):
             return False
-        return not any(map(is_hooked, self.plain)) and not any(
-            is_hooked(module, forward) for module, forward in self.taken.items()
-        )
+        return not any(is_hooked(module, forward) for module, forward in self.skipped.items())
 
     def _attend(self, row: Tensor, angles: list[Tensor], attention, dtype: torch.dtype) -> Tensor:
         """(n, H d) from rows (n, (H + 2 Hkv) d) of queries, keys and values."""

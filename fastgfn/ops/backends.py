@@ -56,6 +56,8 @@ def backend_info() -> dict:
         "tree_attention": {"cpu": "SDPA, blocks of rows against their ancestors", "cuda": f"triton{absent}"},
         "path_attention": {"cpu": "csrc C++", "cuda": f"triton{absent}"},
     }
+    for name in ("rms_norm", "add_rms_norm", "rope_write", "silu_mul_row"):
+        ops[name] = {"cpu": "torch", "cuda": f"triton{absent}"}
     for name, op in _CSRC.items():
         compiled = "csrc CUDA" if _has_cuda_kernel(op) else "not built (no CUDA toolkit)"
         ops[name] = {"cpu": "csrc C++", "cuda": compiled}
