@@ -312,6 +312,52 @@ def gate_cases(draw):
 
 
 @st.composite
+def norm_cases(draw, adds, dtypes):
+    source = Source(draw)
+    rows, width = source.size(0, 4), source.size(1, 40)
+    inputs = {"x": source.normal(rows, width, scale=source.pick(1.0, 30.0, 1e-3))}
+    inputs |= {"delta": source.normal(rows, width)} if adds else {}
+    inputs |= {"weight": source.normal(width), "eps": source.pick(1e-5, 0.1)}
+    return inputs, (), source.pick(*dtypes)
+
+
+@st.composite
+def row_gate_cases(draw, dtypes):
+    source = Source(draw)
+    row = source.normal(source.size(0, 4), 2 * source.size(0, 20), scale=source.pick(1.0, 30.0))
+    return {"row": row}, (), source.pick(*dtypes)
+
+
+@st.composite
+def rope_cases(draw, dtypes):
+    """Rows whose keys and values go to some nodes of a pool; cos and sin belong to no angle."""
+    source = Source(draw)
+    num_rows, width = source.size(0, 4), 2 * source.size(1, 12)
+    heads, kv_heads, spare = source.size(1, 4), source.size(1, 3), source.size(0, 3)
+    inputs = {"row": source.normal(num_rows, (heads + 2 * kv_heads) * width)}
+    inputs |= {name: source.normal(num_rows, width) for name in ("cos", "sin")}
+    inputs["nodes"] = torch.randperm(num_rows + spare, generator=source.generator)[:num_rows]
+    pool = num_rows + spare, kv_heads, width
+    inputs |= {name: source.normal(*pool, layout="plain") for name in ("keys", "values")}
+    if source.flag():
+        inputs |= {"query_weight": source.normal(width), "key_weight": source.normal(width)}
+    return inputs, (), source.pick(*dtypes)
+
+
+def writes(rope_write, flat=False):
+    """(queries, keys, values) of a function that writes into the pools, from `rope_cases`."""
+
+    def call(keys, values, query_weight=None, key_weight=None, **rest):
+        keys, values, norms = keys.clone(), values.clone(), (query_weight, key_weight)
+        order = (*(rest[name] for name in ("row", "cos", "sin", "nodes")), keys, values)
+        norms = norms if flat else (norms if query_weight is not None else None,)
+        out = rope_write(*order, *norms, 1e-5)
+        return out if isinstance(out, tuple) else (out, keys, values)
+
+    return call
+
+
+@st.composite
 def path_attention_cases(draw, dtypes=ALL_DTYPES, widths=(1, 5, 16, 40)):
     """Rows whose paths share nodes of a pool in any order; what a path holds past its length is no node."""
     source = Source(draw)

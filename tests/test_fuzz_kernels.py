@@ -13,16 +13,21 @@ from fuzz_cases import (
     head_logits,
     logits_cases,
     logits_draws,
+    norm_cases,
     path_attention_cases,
+    rope_cases,
+    row_gate_cases,
+    writes,
 )
 from hypothesis import strategies as st
 
 from fastgfn import functional
 from fastgfn.kernels import log_probs, sample_next
-from fastgfn.ops import attention, head
+from fastgfn.ops import attention, decode_layer, head
 from fastgfn.ops.path_attention import path_attention_triton
 from fastgfn.ops.sample_next import gumbel_draw_triton, head_gumbel_draw_triton
 from fastgfn.reference import attention as attention_truth
+from fastgfn.reference import decode_layer as layer_truth
 from fastgfn.reference import linear_log_probs as head_truth
 from fastgfn.reference import log_probs_from_logits as logits_truth
 from fastgfn.testing import assert_drawn_log_probs, assert_drawn_tokens, assert_equals_reference, forest
@@ -131,3 +136,24 @@ def test_fused_head_draw(case):
     args["logits"], naive = head_logits(weights, rounded=False)
     assert_drawn_tokens(drawn[0], args)
     assert_drawn_log_probs(drawn, args, naive)
+
+
+@fuzz(EXAMPLES, case=norm_cases(adds=False, dtypes=DTYPES))
+def test_rms_norm(case):
+    assert_equals_reference(decode_layer._rms_norm_triton, layer_truth.rms_norm, *case)
+
+
+@fuzz(EXAMPLES, case=norm_cases(adds=True, dtypes=DTYPES))
+def test_add_rms_norm(case):
+    assert_equals_reference(decode_layer._add_rms_norm_triton, layer_truth.add_rms_norm, *case)
+
+
+@fuzz(EXAMPLES, case=rope_cases(DTYPES))
+def test_rope_write(case):
+    op, truth = writes(decode_layer._rope_write_triton, flat=True), writes(layer_truth.rope_write)
+    assert_equals_reference(op, truth, *case)
+
+
+@fuzz(EXAMPLES, case=row_gate_cases(DTYPES))
+def test_silu_mul_row(case):
+    assert_equals_reference(decode_layer._silu_mul_row_triton, layer_truth.silu_mul_row, *case)

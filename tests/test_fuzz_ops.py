@@ -17,8 +17,12 @@ from fuzz_cases import (
     linear_cases,
     logits_cases,
     logits_draws,
+    norm_cases,
     path_attention_cases,
     public,
+    rope_cases,
+    row_gate_cases,
+    writes,
 )
 from fuzz_tree_cases import (
     WIDE,
@@ -34,13 +38,14 @@ from fuzz_tree_cases import (
 from hypothesis import strategies as st
 
 from fastgfn import functional
-from fastgfn.ops import attention, head_tiles, linear, log_probs_from_logits, scan, subtb, tree
+from fastgfn.ops import attention, decode_layer, head_tiles, linear, log_probs_from_logits, scan, subtb, tree
 from fastgfn.ops import sample_next as draws
 from fastgfn.ops.decode import decode_update_
 from fastgfn.ops.path_attention import path_attention
 from fastgfn.ops.silu_mul import silu_mul
 from fastgfn.reference import attention as attention_truth
 from fastgfn.reference import decode as decode_truth
+from fastgfn.reference import decode_layer as layer_truth
 from fastgfn.reference import linear as linear_truth
 from fastgfn.reference import linear_log_probs as head_truth
 from fastgfn.reference import log_probs_from_logits as logits_truth
@@ -298,3 +303,26 @@ def test_tree_attention(case, mask_bytes):
 @fuzz(EXAMPLES, case=path_attention_cases())
 def test_path_attention(case):
     assert_equals_reference(path_attention, attention_truth.path_attention, *case)
+
+
+HALF = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@fuzz(EXAMPLES, case=norm_cases(adds=False, dtypes=HALF))
+def test_rms_norm(case):
+    assert_equals_reference(decode_layer.rms_norm, layer_truth.rms_norm, *case)
+
+
+@fuzz(EXAMPLES, case=norm_cases(adds=True, dtypes=HALF))
+def test_add_rms_norm(case):
+    assert_equals_reference(decode_layer.add_rms_norm, layer_truth.add_rms_norm, *case)
+
+
+@fuzz(EXAMPLES, case=rope_cases(HALF))
+def test_rope_write(case):
+    assert_equals_reference(writes(decode_layer.rope_write), writes(layer_truth.rope_write), *case)
+
+
+@fuzz(EXAMPLES, case=row_gate_cases(HALF))
+def test_silu_mul_row(case):
+    assert_equals_reference(decode_layer.silu_mul_row, layer_truth.silu_mul_row, *case)

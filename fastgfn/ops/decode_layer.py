@@ -138,6 +138,8 @@ def _add_rms_norm_triton(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -
 def _rope_write_triton(row, cos, sin, nodes, keys, values, query_weight, key_weight, eps) -> Tensor:
     from fastgfn.kernels import decode_layer as kernels
 
+    ok, fix = keys.is_contiguous() and values.is_contiguous(), "write to the pools themselves"
+    checks.check(ok, "rope_write", "keys and values", "contiguous on CUDA", keys.stride(), fix)
     row, cos, sin = (_rows("rope_write", x) for x in (row, cos, sin))
     weights = (None if w is None else w.contiguous() for w in (query_weight, key_weight))
     return kernels.rope_write(row, cos, sin, *weights, eps, nodes.contiguous(), keys, values)
