@@ -9,7 +9,6 @@ import torch
 from family_models import FAMILIES, make_model, path_to, random_tree
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
@@ -28,7 +27,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 BOUND = 1e-5
 
 
-def make(family="llama", dtype=torch.float64, fused=True, **options):
+def make(family="llama", dtype=torch.float64, fused=True):
     model = add_adapter(make_model(family, "fastgfn", dtype).requires_grad_(False), 2, 2).to(dtype)
     noise = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -57,9 +56,9 @@ def decode(policy):
     tree = random_tree()[-1]
     is_prompt, kv = tree.role == Role.PROMPT, KeyValues(tree.num_nodes)
     nodes, ends = is_prompt.nonzero()[:, 0], is_prompt.cumsum(0)
-    mask = TreeMask(ends[tree.end[nodes].long() - 1].int(), tree.position[nodes])
-    attention = TreeAttention(mask, kv, nodes)
-    parts = [(nodes, policy.hidden(tree.tokens[nodes], tree.position[nodes], attention))]
+    mask = ends[tree.end[nodes].long() - 1].int(), tree.position[nodes]
+    attention = TreeAttention(TreeMask(*on(policy, *mask)), kv, *on(policy, nodes))
+    parts = [(nodes, policy.hidden(*on(policy, tree.tokens[nodes], tree.position[nodes]), attention))]
     for k in range(1, int(tree.length.max()) + 1):
         nodes = ((tree.length == k) & ~is_prompt).nonzero()[:, 0]
         length = tree.position[nodes] + 1
@@ -67,10 +66,14 @@ def decode(policy):
         for row, node in zip(path, nodes.tolist(), strict=True):
             own = path_to(tree, node)
             row[: len(own)] = torch.tensor(own)
-        attention = PathAttention(kv, nodes, path, length)
-        parts.append((nodes, policy.hidden(tree.tokens[nodes], tree.position[nodes], attention)))
+        attention = PathAttention(kv, *on(policy, nodes, path, length))
+        parts.append((nodes, policy.hidden(*on(policy, tree.tokens[nodes], tree.position[nodes]), attention)))
     nodes, hidden = (torch.cat(x) for x in zip(*parts, strict=True))
-    return hidden[nodes.argsort()]
+    return hidden.cpu()[nodes.argsort()]
+
+
+def on(policy, *tensors):
+    return [x.to(policy.device) for x in tensors]
 
 
 def tree_hidden(policy):
@@ -99,8 +102,7 @@ def counted(run, *args):
 
 def one_step(policy):
     """The ops of a step of three rows in an empty pool."""
-    nodes = torch.arange(3)
-    kv = KeyValues(3)
+    nodes, kv = torch.arange(3), KeyValues(3)
     attention = PathAttention(kv, nodes, nodes[:, None].int(), torch.ones(3, dtype=torch.int64))
     policy.hidden(nodes, torch.zeros_like(nodes), attention)
     return counted(policy.hidden, nodes, torch.zeros_like(nodes), attention)
@@ -120,6 +122,17 @@ def test_decoding_equals_that_of_the_layers_and_the_tree_forward(family, dtype):
         assert not torch.allclose(base, want, atol=1e-2)
         with policy.merged():
             torch.testing.assert_close(decode(policy), base, rtol=0, atol=BOUND)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("family", FUSED)
+def test_a_gpu_computes_the_same(family):
+    policy = make(family, torch.float32)
+    want = tree_hidden(policy)
+    policy.model.cuda()
+    with policy.merged():
+        torch.testing.assert_close(decode(policy), want, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
@@ -379,7 +392,7 @@ def test_layers_that_compute_something_else_keep_their_forward(kind):
 
 def test_widths_above_those_of_the_kernel_keep_their_forward(monkeypatch):
     policy = unfused(make())
-    monkeypatch.setattr("fastgfn.models.decode_layer.MAX_WIDTH", LlamaConfig().hidden_size)
+    monkeypatch.setattr("fastgfn.models.decode_layer.MAX_WIDTH", 32)
     assert len(take_over_layers(policy._backbone)) == 2
     monkeypatch.setattr("fastgfn.models.decode_layer.MAX_WIDTH", 31)
     unfused(policy)

@@ -157,7 +157,8 @@ class Policy:
         """Within the block every linear layer holds W + scale B A, packed for products with few rows.
 
         For sampling: fewer and faster products per token, for one pass over the weights and a copy of them.
-        A layer whose adapter is not plain LoRA is left as it is. Below float32 the sum is rounded, which may
+        Queries, keys and values share one copy, as do gates and ups, where decoding has few kernels for it. A
+        layer whose adapter is not plain LoRA is left as it is. Below float32 the sum is rounded, which may
         lose part of a small adapter; the log-probs of a loss come from unmerged weights.
 
         dtype: of the copies, e.g. bfloat16 under a float32 policy; the products convert. None: the base's.
