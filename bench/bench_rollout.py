@@ -66,13 +66,15 @@ class Generated(NamedTuple):
 
 
 @torch.no_grad()
-def generate_batch(model, prompts: list[list[int]], limits: Constraints) -> Generated:
-    """By transformers and peft alone."""
+def generate_batch(model, prompts: list[list[int]], limits: Constraints, **options) -> Generated:
+    """By transformers and peft alone; `options` are those of generate."""
     width, stop = max(map(len, prompts)), limits.termination_token_id
     recorder = Recorder(stop)
     out = model.generate(
-        input_ids=torch.tensor([[0] * (width - len(p)) + p for p in prompts]),
-        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
+        input_ids=torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device),
+        attention_mask=torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device
+        ),
         do_sample=True,
         top_k=0,
         top_p=1.0,
@@ -80,6 +82,7 @@ def generate_batch(model, prompts: list[list[int]], limits: Constraints) -> Gene
         eos_token_id=stop,
         pad_token_id=stop,
         logits_processor=LogitsProcessorList([recorder]),
+        **options,
     )
     log_pf, log_pterm = recorder.finish(out)
     tokens = out[:, width:]

@@ -41,19 +41,23 @@ class Turns:
         self.round = 0
 
     def order(self) -> list[str]:
-        names = list(self.providers)
-        shift = self.round % len(names)
         self.round += 1
-        return names[shift:] + names[:shift]
+        return rotated(list(self.providers), self.round - 1)
 
     def __call__(self) -> None:
         gc.collect()
         for name in self.order():
-            _synchronize()
+            synchronize()
             start = time.perf_counter()
             self.providers[name]()
-            _synchronize()
+            synchronize()
             self.times[name].append((time.perf_counter() - start) * 1e3)
+
+
+def rotated(names: list[str], turn: int) -> list[str]:
+    """`names`, beginning with another one every turn."""
+    shift = turn % max(1, len(names))
+    return names[shift:] + names[:shift]
 
 
 def time_interleaved(
@@ -207,7 +211,7 @@ def append_rows(
     return path
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

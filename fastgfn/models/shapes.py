@@ -10,7 +10,7 @@ from fastgfn.models.load import add_adapter
 from fastgfn.models.policy import Policy
 
 # Llama architecture: layers, width, MLP width, query heads, key heads, head width, vocabulary, tied head.
-SHAPES = {
+LLAMA = {
     "tiny": (2, 64, 128, 4, 2, 16, 512, False),
     "smollm2-135m": (30, 576, 1536, 9, 3, 64, 49152, True),
     "smollm2-1.7b": (24, 2048, 8192, 32, 32, 64, 49152, True),
@@ -19,6 +19,12 @@ SHAPES = {
     "llama-8b": (32, 4096, 14336, 32, 8, 128, 128256, False),
     "llama-70b": (80, 8192, 28672, 64, 8, 128, 128256, False),
 }
+# GPT-2 architecture, 1024 positions, tied head: layers, width, heads, vocabulary.
+GPT2 = {
+    "gpt2-tiny": (2, 64, 4, 509),
+    "gpt2-xl": (48, 1600, 25, 50257),
+}
+SHAPES = LLAMA | GPT2
 
 
 def random_policy(
@@ -34,12 +40,23 @@ def random_policy(
     Raises:
         InputError: an unknown shape; the message lists the known ones.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
     fix = "choose one, or pass a model folder or hub id"
     checks.check(shape in SHAPES, "random_policy", "shape", f"one of {', '.join(SHAPES)}", repr(shape), fix)
-    layers, width, mlp, heads, kv_heads, head_dim, vocab, tied = SHAPES[shape]
-    config = LlamaConfig(
+    config = _gpt2(*GPT2[shape]) if shape in GPT2 else _llama(*LLAMA[shape])
+    torch.manual_seed(seed)
+    # Drawn on the device: an 8B model takes minutes to draw on a CPU.
+    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
+        causal = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=dtype)
+    causal.requires_grad_(False)
+    return Policy(add_adapter(causal, lora_rank, lora_rank).to(device))
+
+
+def _llama(layers, width, mlp, heads, kv_heads, head_dim, vocab, tied):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=width,
         intermediate_size=mlp,
@@ -50,9 +67,10 @@ def random_policy(
         tie_word_embeddings=tied,
         max_position_embeddings=8192,
     )
-    torch.manual_seed(seed)
-    # Drawn on the device: an 8B model takes minutes to draw on a CPU.
-    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
-        causal = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=dtype)
-    causal.requires_grad_(False)
-    return Policy(add_adapter(causal, lora_rank, lora_rank).to(device))
+
+
+def _gpt2(layers, width, heads, vocab):
+    from transformers import GPT2Config
+
+    end = dict(bos_token_id=vocab - 1, eos_token_id=vocab - 1)
+    return GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocab, n_positions=1024, **end)
