@@ -1,4 +1,4 @@
-"""Sampling on a GPU: goals D1 to D6 of goals.py, which runs this file. On a CPU only what is right is of interest.
+"""Sampling on a GPU: goals D1 to D6 of goals.py, which runs this file; on a CPU only as a dry run.
 
 One prompt, n samples of it, random weights, a LoRA adapter that is not zero. The stop token is as rare as any
 other, so nearly all sequences reach the limit; rows carry the tokens that were drawn. D1 to D3 time whole
@@ -7,22 +7,17 @@ prefill, merging and the capture of graphs cancel, and compare it with the bytes
 linear layers and head, the prompt's keys and values once, every sequence's own.
 """
 
-import argparse
 import contextlib
 import copy
-import os
-import sys
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-import goals
-import harness
 import torch
 from bench_rollout import TOLERANCE, generate_batch
-from contest import Contestant, Entry, contest, describe, make_rows, ratios
+from contest import Contestant, Entry, Plan, Run, make_rows, ratios, serve
 from suite import NotAvailable
 from torch import Tensor
 
@@ -62,16 +57,6 @@ FULL = {
 DRY = {goal: Setting("tiny", (3,), 6, (8,) if goal in ("D1", "D2", "D3") else (7, 9)) for goal in FULL}
 
 
-class Run(NamedTuple):
-    """What the goals of a process share."""
-
-    policy: Policy
-    dtype: str
-    rounds: int
-    seconds: Callable[[], float]
-    write: Callable[[list[dict]], None]
-
-
 def load(model: str, dtype: torch.dtype, device: torch.device, rank: int = RANK) -> Policy:
     policy = random_policy(model, lora_rank=rank, dtype=dtype, device=str(device))
     generator = torch.Generator().manual_seed(1)
@@ -96,9 +81,7 @@ def make_prompt(policy: Policy, length: int) -> list[int]:
 
 
 @torch.no_grad()
-def log_q_error(
-    policy: Policy, rollouts: Rollouts, log_pf: Tensor, log_pterm: Tensor | None = None
-) -> float:
+def log_q_error(policy: Policy, rollouts: Rollouts, log_pf: Tensor, log_pterm: Tensor | None = None) -> float:
     """Largest |log q sampled - log q scored| of tokens, and of stopping, over the first sequences."""
     rows = slice(CHECKED)
     part = Rollouts(
@@ -107,7 +90,8 @@ def log_q_error(
     )  # fmt: skip
     tree = pack(part, device=policy.device)
     scored = score(tree, policy=policy)
-    token, stop, parent, leaf = (x.tolist() for x in (scored.log_pf, scored.log_pterm, tree.parent, tree.leaf))
+    token, stop = scored.log_pf.tolist(), scored.log_pterm.tolist()
+    parent, leaf = tree.parent.tolist(), tree.leaf.tolist()
     have_token, have_stop = log_pf.tolist(), None if log_pterm is None else log_pterm.tolist()
     gaps = []
     for n, length in enumerate(part.lengths.tolist()):
@@ -153,10 +137,9 @@ class Theirs:
 
     def error(self) -> float:
         tokens, log_pf, log_pterm, lengths = self.last
-        group = torch.zeros(len(lengths), dtype=torch.int64)
-        rollouts = Rollouts(
-            (torch.tensor(self.prompt),), group, tokens.cpu(), torch.tensor(lengths), group.float(), self.limits
-        )
+        group, lengths = torch.zeros(len(lengths), dtype=torch.int64), torch.tensor(lengths)
+        prompts = (torch.tensor(self.prompt),)
+        rollouts = Rollouts(prompts, group, tokens.cpu(), lengths, group.float(), self.limits)
         return log_q_error(self.policy, rollouts, log_pf, log_pterm)
 
     def entry(self, note: str = "", *, is_checked: bool = True) -> Entry:
@@ -275,16 +258,18 @@ def rivals_of(goal: str, run: Run, block: contextlib.ExitStack, *request) -> dic
             "static": lambda: static(model(), run, *request, log_probs=True),
             "static_tokens": lambda: static(model(), run, *request, log_probs=False),
         }
-    return {
-        name: lambda a=is_async: continuous(block, plain_copy(run.policy, merge=True), run, *request, is_async=a)
-        for name, is_async in (("continuous", False), ("continuous_async", True))
-    }
+
+    # A manager switches the attention of its model, which therefore is its own.
+    def batching(is_async: bool) -> Entry:
+        own = plain_copy(run.policy, merge=True)
+        return continuous(block, own, run, *request, is_async=is_async)
+
+    return {"continuous": partial(batching, False), "continuous_async": partial(batching, True)}
 
 
 def compare(goal: str, setting: Setting, run: Run) -> bool:
     """D1 to D3: tokens/s of whole calls."""
-    device, ok = run.policy.device, True
-    prompt = make_prompt(run.policy, setting.prompt_tokens)
+    prompt, ok = make_prompt(run.policy, setting.prompt_tokens), True
     limits = Constraints(run.policy.vocab_size - 1, max_length=setting.lengths[0])
     for i, batch in enumerate(setting.batches):
         if i and run.seconds() <= 0:
@@ -294,7 +279,7 @@ def compare(goal: str, setting: Setting, run: Run) -> bool:
         with contextlib.ExitStack() as block:
             rivals = rivals_of(goal, run, block, *request)
             providers = {"fastgfn": Ours(run, *request).entry, **rivals}
-            found = contest(providers, rounds=run.rounds, device=device, seconds=run.seconds)
+            found = run.contest(providers)
             rows = make_rows(
                 found, ratios(found), goal=goal, case=f"n={batch}", item="token", packages=PACKAGES,
                 model=setting.model, dtype=run.dtype, prompts=1, n=batch,
@@ -324,23 +309,18 @@ def roofline(goal: str, setting: Setting, run: Run) -> bool:
         # One length after the other: a policy keeps the graphs of one.
         for length in setting.lengths:
             limits = Constraints(run.policy.vocab_size - 1, min_length=length, max_length=length)
-            entry = Ours(run, prompt, limits, batch).entry
-            found |= {
-                length: contest(
-                    {"fastgfn": entry}, rounds=run.rounds, device=run.policy.device, seconds=run.seconds
-                )["fastgfn"]
-            }
+            found |= {length: run.contest({"fastgfn": Ours(run, prompt, limits, batch).entry})["fastgfn"]}
         short, long = (found[length] for length in setting.lengths)
         values, known = {}, {}
         if short.is_timed and long.is_timed:
             a, b = setting.lengths
-            step_ms = (harness.percentiles(long.ms)["ms_p50"] - harness.percentiles(short.ms)["ms_p50"]) / (b - a)
+            step_ms = (statistics.median(long.ms) - statistics.median(short.ms)) / (b - a)
             num_bytes = step_bytes(run.policy, setting.prompt_tokens, batch, (a + b) / 2)
             known = {"step_ms": float(f"{step_ms:.4g}"), "step_bytes": int(num_bytes)}
             if step_ms > 0:
                 values = {"fastgfn": 1e3 * num_bytes / step_ms / BANDWIDTH}
             else:
-                long.status = "failed: the longer calls took no longer"
+                long.note = "the longer calls took no longer"
         elif long.status == "ok":
             long.status = short.status
         rows = make_rows(
@@ -353,44 +333,13 @@ def roofline(goal: str, setting: Setting, run: Run) -> bool:
     return ok
 
 
-def measure(goal_names: list[str], out: Path, seconds: float, dry: bool) -> bool:
-    """The goals of one process, by model; whether fastgfn was right in all of them."""
-    end = time.monotonic() + seconds
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings, ok, policy, model = DRY if dry else FULL, True, None, None
-    dtype = "fp32" if dry else "bf16"
-
-    def write(rows: list[dict]) -> None:
-        for row in rows:
-            print(describe(row), flush=True)
-        harness.append_rows("goals", rows, None, out)
-
-    for goal in goal_names:
-        setting = settings[goal]
-        if setting.model != model:
-            policy = None
-            policy = load(setting.model, torch.float32 if dry else torch.bfloat16, device)
-            model = setting.model
-        # No further prompt, no further rounds: the first case is always measured.
-        run = Run(policy, dtype, 2 if dry else 5, lambda: end - time.monotonic(), write)
-        kind = compare if goal in ("D1", "D2", "D3") else roofline
-        ok &= kind(goal, setting, run)
-    return ok
-
-
-def main(measure: Callable[..., bool] = measure) -> None:
-    parser = argparse.ArgumentParser(description="Some goals of goals.py, which starts this.")
-    parser.add_argument("--goals", required=True, help="e.g. D1,D4")
-    parser.add_argument("--out", type=Path, required=True, help="folder of goals.csv")
-    parser.add_argument("--seconds", type=float, default=120, help="after which no case begins")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes in float32")
-    args = parser.parse_args()
-    ok = measure(args.goals.split(","), args.out, args.seconds, args.dry)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # A thread of a rival that hangs would keep this process.
-    os._exit(0 if ok else 1)
+PLAN = Plan(
+    full=FULL,
+    dry=DRY,
+    measure={g: compare for g in ("D1", "D2", "D3")} | {g: roofline for g in ("D4", "D5", "D6")},
+    load=load,
+)
 
 
 if __name__ == "__main__":
-    main()
+    serve(PLAN)

@@ -1,16 +1,26 @@
-"""Providers against each other: prepared and checked one by one, timed in turns, a row each whatever happens."""
+"""Providers against each other: prepared and checked one by one, timed in turns, a row each whatever happens.
 
+`serve` is the main function of the two files that measure goals.
+"""
+
+import argparse
 import gc
+import os
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import goals
 import harness
 import suite
 import torch
 
+from fastgfn.models import Policy
 from fastgfn.phases import peak_bytes, reset_peak
 
 MEMORY_ERRORS = (torch.OutOfMemoryError, MemoryError)
@@ -180,5 +190,76 @@ def describe(row: dict) -> str:
     text += f", value {row['value']}" if row["value"] != "" else ""
     text += f", error {row['error']}" if row["error"] != "" else ""
     if row["peak_bytes"] != "":
-        text += f", peak {row['peak_bytes'] / 2**30:.2f} GiB of which {row['baseline_bytes'] / 2**30:.2f} before"
-    return text + (f" ({row['note']})" if row["note"] else "") + ("" if row["status"] == "ok" else f", {row['status']}")
+        peak, before = (row[f"{name}_bytes"] / 2**30 for name in ("peak", "baseline"))
+        text += f", peak {peak:.2f} GiB of which {before:.2f} before"
+    text += f" ({row['note']})" if row["note"] else ""
+    return text if row["status"] == "ok" else f"{text}, {row['status']}"
+
+
+class Run(NamedTuple):
+    """What the goals of a process share: `seconds()` are left, `rounds` are timed, `write` keeps rows."""
+
+    policy: Policy
+    dtype: str
+    rounds: int
+    seconds: Callable[[], float]
+    write: Callable[[list[dict]], None]
+
+    def contest(self, providers: dict[str, Callable[[], Entry]], rounds: int | None = None):
+        rounds = self.rounds if rounds is None else rounds
+        return contest(providers, rounds=rounds, device=self.policy.device, seconds=self.seconds)
+
+
+class Plan(NamedTuple):
+    """By goal its setting, with `.model`, on a GPU and in a dry run; measure(goal, setting, run) -> ok."""
+
+    full: dict
+    dry: dict
+    measure: dict[str, Callable]
+    load: Callable[[str, torch.dtype, torch.device], Policy]
+
+
+def run_goals(plan: Plan, names: list[str], out: Path, seconds: float, dry: bool) -> bool:
+    """Measure goals, one model in memory at a time; whether fastgfn was timed in all of them.
+
+    A goal that raises has a row that says so, and the next one is measured.
+    """
+    end = time.monotonic() + seconds
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if dry else torch.bfloat16
+    ok, policy, model = True, None, None
+
+    def write(rows: list[dict]) -> None:
+        for row in rows:
+            print(describe(row), flush=True)
+        harness.append_rows("goals", rows, None, out)
+
+    for goal in names:
+        setting = (plan.dry if dry else plan.full)[goal]
+        try:
+            if setting.model != model:
+                policy, model = None, None
+                free_memory()
+                policy, model = plan.load(setting.model, dtype, device), setting.model
+            name, rounds = ("fp32", 2) if dry else ("bf16", 5)
+            run = Run(policy, name, rounds, lambda: end - time.monotonic(), write)
+            ok &= plan.measure[goal](goal, setting, run)
+        except Exception as error:
+            traceback.print_exc()
+            write([goals.blank_row(goal=goal, model=setting.model, status=status_of(error))])
+            ok = False
+    return ok
+
+
+def serve(plan: Plan) -> None:
+    parser = argparse.ArgumentParser(description="Some goals of goals.py, which starts this.")
+    parser.add_argument("--goals", required=True, help="e.g. D1,D4")
+    parser.add_argument("--out", type=Path, required=True, help="folder of goals.csv")
+    parser.add_argument("--seconds", type=float, default=120, help="after which no case begins")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes in float32")
+    args = parser.parse_args()
+    ok = run_goals(plan, args.goals.split(","), args.out, args.seconds, args.dry)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A thread of a rival that hangs would keep this process.
+    os._exit(0 if ok else 1)

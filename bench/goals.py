@@ -1,4 +1,4 @@
-"""The goals on one GPU, and the runner: `python bench/goals.py rollout|step --out FOLDER [--budget S] [--dry]`.
+"""The goals on one GPU, and what measures them: `python bench/goals.py rollout|step --out FOLDER`.
 
 Goals that share a model are measured in one process, so that what breaks or hangs one of them (a CUDA error
 ends its process) leaves the others their rows. Rows go to FOLDER/goals.csv as they are measured; a goal whose
@@ -22,7 +22,7 @@ LEAST = 15
 
 
 class Goal(NamedTuple):
-    """`bar` must be reached, `aim` is hoped for; unit "x": times as fast, "%": a share, `lowest`: less is more."""
+    """`bar` must be reached, `aim` is hoped for; "x": times as fast, "%": a share; lowest: less is better."""
 
     what: str
     bar: float

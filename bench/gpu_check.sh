@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, from a bare machine with torch, triton, transformers and nvcc:
 #     [OUT=folder] [PART="head draw"] [KEEP_BUILD=folder] [WHEELS=folder] [BUDGET=seconds] [DRY=1] make gpu-check
-# Parts, in this order: build tests sanitizer head subtb attention draw step. One that fails does not stop the
-# later ones; the exit status tells. $OUT gets at most 8 files: the extension, check.log, summary.txt, a CSV per
-# op bench and step.json (`fastgfn bench`). A call with PART adds to an $OUT that is there.
+# Parts, in this order: build tests sanitizer head subtb attention path_attention draw rollout goals step. One that
+# fails does not stop the later ones; the exit status tells. $OUT gets at most 6 files: the extension, check.log,
+# summary.txt, rows.tar.gz (a CSV per op bench), goals.csv (sampling and the training step against the goals of
+# goals.py, written row by row; rollout and goals want 200 s each) and step.json (`fastgfn bench`). A call with
+# PART adds to an $OUT that is there.
 # KEEP_BUILD: where the extension is taken from, or built and left. BUDGET: seconds for all parts of this call,
 # 520 by default; what is left is divided among the parts still to come, and a bench skips cases past its share.
 # WHEELS: what the machine lacks (pytest-benchmark, peft, cut-cross-entropy, liger-kernel, quack-kernels, ...).
@@ -14,7 +16,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu-check}
-PART=${PART:-build tests sanitizer head subtb attention draw step}
+ops=(head subtb attention path_attention draw)
+PART=${PART:-build tests sanitizer$(for op in "${ops[@]}"; do
+  [[ ! -f bench/test_bench_$op.py ]] || echo -n " $op"
+done) rollout goals step}
 KEEP_BUILD=${KEEP_BUILD:-}
 WHEELS=${WHEELS:-.whl}
 BUDGET=${BUDGET:-520}
@@ -22,6 +27,8 @@ DRY=${DRY:-}
 PEAK=${PEAK-fwd+dH-bfloat16-N4096-D2048-V128256}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
+rows=$(mktemp -d)
+[[ ! -f $OUT/rows.tar.gz ]] || tar -xzf "$OUT/rows.tar.gz" -C "$rows"
 
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
   site=$(mktemp -d)
@@ -77,9 +84,17 @@ op() {
   report=$(mktemp)
   "$PYTHON" -P -m pytest -q "bench/test_bench_$1.py" --benchmark-only "${shapes[@]}" "--budget=$2" \
     "--benchmark-json=$report" || status=1
-  [[ ! -s $report ]] || "$PYTHON" bench/rows.py "$report" --out "$OUT" || status=1
+  if [[ -s $report ]]; then
+    "$PYTHON" bench/rows.py "$report" --out "$rows" || status=1
+    (cd "$rows" && tar -czf rows.tar.gz -- *.csv) && mv "$rows/rows.tar.gz" "$OUT/"
+  fi
   rm "$report"
   return $status
+}
+
+# Each goal has its rows as soon as they are measured; what hangs is ended, and the next goals go on.
+goals() {
+  "$PYTHON" bench/goals.py "$1" --out "$OUT" "--budget=$2" ${DRY:+--dry}
 }
 
 step() {
@@ -91,7 +106,9 @@ step() {
 run() {
   case $1 in
   build | tests | sanitizer | step) "$1" ;;
-  head | subtb | attention | draw) op "$@" ;;
+  head | subtb | attention | path_attention | draw) op "$@" ;;
+  rollout) goals rollout "$2" ;;
+  goals) goals step "$2" ;;
   *) echo "no part $1" && return 1 ;;
   esac
 }
@@ -107,5 +124,5 @@ for part in "${parts[@]}"; do
   run "$part" "$share" 2>&1 | tee -a "$OUT/check.log" || { result=FAILED && failed=1; }
   echo "$part: $result, $((SECONDS - started)) s${DRY:+, dry}" | tee -a "$OUT/summary.txt"
 done
-rm -r "$package"
+rm -r "$package" "$rows"
 exit $failed

@@ -9,6 +9,7 @@ import importlib
 import re
 from functools import partial
 
+import goals
 import harness
 import suite
 
@@ -126,6 +127,43 @@ def rollout() -> str:
     return f"{table(header, body)}\n\n{'; '.join(stamps)}." if rows else "not measured"
 
 
+def goal_table() -> str:
+    """A line per goal; what was measured is that of the newest rows of a GPU."""
+    rows = [r for r in read("goals") if is_gpu(r)]
+    body = []
+    for name, goal in goals.GOALS.items():
+        found = newest([r for r in rows if r["goal"] == name], "goal", "case", "provider")
+        bar, aim = (f"{'<=' if goal.lowest else '>='} {amount(x, goal)}" for x in (goal.bar, goal.aim))
+        body.append([name, goal.what, bar, aim, goal_cell(goal, found)])
+    notes = sorted({f"{r['device']}, commit {r['commit']}" for r in rows})
+    text = table(["goal", "what", "bar", "aim", "measured"], body)
+    return f"{text}\n\n{'; '.join(notes)}." if notes else text
+
+
+def goal_cell(goal: goals.Goal, rows: list[dict]) -> str:
+    """The value of every case, against its fastest rival, or why there is none."""
+    dates = [r["date"] for r in rows if r["provider"]]
+    # that a run was lost counts until the next one
+    rows = [r for r in rows if r["provider"] or r["date"] > max(dates, default="")]
+    measured, missing = [], []
+    for case in dict.fromkeys(r["case"] for r in rows):
+        own = [r for r in rows if r["case"] == case]
+        label = f"{case}: " if case else ""
+        values = {r["provider"]: float(r["value"]) for r in own if r["value"] and r["status"] == "ok"}
+        reasons = [f"{r['provider']} {r['status']}".strip() for r in own if r["status"] != "ok"]
+        if values:
+            rival = min(values, key=values.get)
+            beside = f" ({rival})" if len(own) > 2 else ""
+            measured.append(f"{label}{amount(values[rival], goal)}{beside}")
+        elif reasons:
+            missing.append(label + ", ".join(reasons))
+    return "; ".join(measured + missing).replace("|", "/") or "not measured"
+
+
+def amount(value: float, goal: goals.Goal) -> str:
+    return f"{100 * value:.3g}%" if goal.unit == "%" else f"{value:.3g}x"
+
+
 def speed(row: dict) -> float:
     """Tokens per second: the mean number of a round over its median time."""
     return float(row["drawn_tokens"]) / float(row["ms_p50"]) * 1e3
@@ -204,7 +242,8 @@ def reasons(lines: list[tuple[suite.Case, dict[str, dict]]]) -> list[str]:
 def main() -> None:
     path = harness.ROOT / "README.md"
     text = path.read_text()
-    makers = {"rng": rng, "step": step, "rollout": rollout} | {name: partial(op, name) for name in OPS}
+    makers = {"rng": rng, "step": step, "rollout": rollout, "goals": goal_table}
+    makers |= {name: partial(op, name) for name in OPS}
     for name, make in makers.items():
         block = f"<!-- begin {name} -->\n{make()}\n<!-- end {name} -->"
         pattern = rf"<!-- begin {name} -->.*?<!-- end {name} -->"
