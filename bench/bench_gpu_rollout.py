@@ -241,10 +241,10 @@ def collect(results: list, limits: Constraints) -> tuple[Tensor, Tensor, None, l
     return tokens, log_pf, None, lengths
 
 
-def rivals_of(goal: str, run: Run, block: contextlib.ExitStack, *request) -> dict[str, Callable[[], Entry]]:
-    """The providers beside fastgfn; a model that they share is made when the first of them needs it."""
+def rivals_of(goal: str, run: Run, *request) -> dict[str, Callable[[contextlib.ExitStack], Entry]]:
+    """make(block) by rival; a model that they share is made when the first of them needs it."""
     if goal == "D1":
-        return {"generate": partial(generate, run, *request)}
+        return {"generate": lambda block: generate(run, *request)}
     made: list[torch.nn.Module] = []
 
     def model() -> torch.nn.Module:
@@ -255,12 +255,12 @@ def rivals_of(goal: str, run: Run, block: contextlib.ExitStack, *request) -> dic
     if goal == "D2":
         torch.compiler.reset()
         return {
-            "static": lambda: static(model(), run, *request, log_probs=True),
-            "static_tokens": lambda: static(model(), run, *request, log_probs=False),
+            "static": lambda block: static(model(), run, *request, log_probs=True),
+            "static_tokens": lambda block: static(model(), run, *request, log_probs=False),
         }
 
     # A manager switches the attention of its model, which therefore is its own.
-    def batching(is_async: bool) -> Entry:
+    def batching(is_async: bool, block: contextlib.ExitStack) -> Entry:
         own = plain_copy(run.policy, merge=True)
         return continuous(block, own, run, *request, is_async=is_async)
 
@@ -276,18 +276,19 @@ def compare(goal: str, setting: Setting, run: Run) -> bool:
             print(f"{goal} n={batch}: skipped, no time left", flush=True)
             continue
         request = (prompt, limits, batch)
-        with contextlib.ExitStack() as block:
-            rivals = rivals_of(goal, run, block, *request)
-            providers = {"fastgfn": Ours(run, *request).entry, **rivals}
-            found = run.contest(providers)
-            rows = make_rows(
-                found, ratios(found), goal=goal, case=f"n={batch}", item="token", packages=PACKAGES,
-                model=setting.model, dtype=run.dtype, prompts=1, n=batch,
-                prompt_tokens=setting.prompt_tokens, output_tokens=limits.max_length,
-            )  # fmt: skip
-            # Before managers are stopped, which may fail.
-            run.write(rows)
-        ok &= found["fastgfn"].status == "ok"
+        # One rival at a time: what hangs takes no other with it.
+        for name, make in rivals_of(goal, run, *request).items():
+            with contextlib.ExitStack() as block:
+                entry = Ours(run, *request).entry
+                found = run.contest({"fastgfn": entry, name: partial(make, block)})
+                rows = make_rows(
+                    found, ratios(found), goal=goal, case=f"n={batch}", item="token", packages=PACKAGES,
+                    model=setting.model, dtype=run.dtype, prompts=1, n=batch,
+                    prompt_tokens=setting.prompt_tokens, output_tokens=limits.max_length,
+                )  # fmt: skip
+                # Before a manager is stopped, which may fail.
+                run.write(rows)
+            ok &= found["fastgfn"].status == "ok"
     return ok
 
 
@@ -309,7 +310,8 @@ def roofline(goal: str, setting: Setting, run: Run) -> bool:
         # One length after the other: a policy keeps the graphs of one.
         for length in setting.lengths:
             limits = Constraints(run.policy.vocab_size - 1, min_length=length, max_length=length)
-            found |= {length: run.contest({"fastgfn": Ours(run, prompt, limits, batch).entry})["fastgfn"]}
+            entry = Ours(run, prompt, limits, batch).entry
+            found[length] = run.contest({"fastgfn": entry}, rounds=2 * run.rounds)["fastgfn"]
         short, long = (found[length] for length in setting.lengths)
         values, known = {}, {}
         if short.is_timed and long.is_timed:

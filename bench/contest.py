@@ -112,6 +112,7 @@ def contest(
     for i in range(rounds):
         if i and seconds() <= 0:
             break
+        gc.collect()
         for name in harness.rotated(list(ready), i):
             try:
                 ms, items = timed(ready[name], i + 2)
@@ -136,7 +137,6 @@ def _prepare(make: Callable[[], Entry], entrant: Contestant, device: torch.devic
         if not entrant.error <= entry.tolerance:
             entrant.status = f"wrong: off by {entrant.error:.2g}, more than {entry.tolerance:.2g}"
             return entry.run
-    gc.collect()
     reset_peak(device)
     entry.run(1)
     entrant.peak = peak_bytes(device)
@@ -146,7 +146,6 @@ def _prepare(make: Callable[[], Entry], entrant: Contestant, device: torch.devic
 
 def timed(run: Callable[[int], float], i: int) -> tuple[float, float]:
     """Wall time in ms from an idle device to an idle device, and the items."""
-    gc.collect()
     harness.synchronize()
     start = time.perf_counter()
     items = run(i)
@@ -241,7 +240,7 @@ def run_goals(plan: Plan, names: list[str], out: Path, seconds: float, dry: bool
                 policy, model = None, None
                 free_memory()
                 policy, model = plan.load(setting.model, dtype, device), setting.model
-            name, rounds = ("fp32", 2) if dry else ("bf16", 5)
+            name, rounds = ("fp32", 1) if dry else ("bf16", 3)
             run = Run(policy, name, rounds, lambda: end - time.monotonic(), write)
             ok &= plan.measure[goal](goal, setting, run)
         except Exception as error:

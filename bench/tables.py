@@ -153,8 +153,9 @@ def goal_cell(goal: goals.Goal, rows: list[dict]) -> str:
         reasons = [f"{r['provider']} {r['status']}".strip() for r in own if r["status"] != "ok"]
         if values:
             rival = min(values, key=values.get)
-            beside = f" ({rival})" if len(own) > 2 else ""
-            measured.append(f"{label}{amount(values[rival], goal)}{beside}")
+            notes = [r["note"] for r in own if r["provider"] == rival and r["note"]]
+            beside = ", ".join([rival] * (len(own) > 2) + notes)
+            measured.append(f"{label}{amount(values[rival], goal)}" + (f" ({beside})" if beside else ""))
         elif reasons:
             missing.append(label + ", ".join(reasons))
     return "; ".join(measured + missing).replace("|", "/") or "not measured"

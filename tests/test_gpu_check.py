@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,24 +17,35 @@ def check(folder, **settings):
     return subprocess.run(script, capture_output=True, text=True, env=environment, cwd=folder)
 
 
+def rows_of(folder, bench):
+    with tarfile.open(folder / "rows.tar.gz") as archive:
+        return list(csv.DictReader(archive.extractfile(f"{bench}.csv").read().decode().splitlines()))
+
+
 def test_parts_add_to_one_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "head.csv").write_text("date,provider\ntoday,gemm\n")
+    with tarfile.open(tmp_path / "out" / "rows.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "head.csv", "head.csv")
     done = check(tmp_path, PART="build subtb", KEEP_BUILD=str(tmp_path / "build"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert [p.name for p in (tmp_path / "build").iterdir()] == ["_C.abi3.so"]
-    with (tmp_path / "out" / "subtb.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(tmp_path / "out", "subtb")
     assert {r["provider"] for r in rows if r["status"] == "ok"} >= {"fastgfn", "window_loop"}
     # no time left: the cases are skipped, nothing fails, and the rows stay
-    done = check(tmp_path, PART="draw", BUDGET="0")
+    done = check(tmp_path, PART="draw rollout goals", BUDGET="0")
     assert done.returncode == 0 and "skipped" in done.stdout, done.stdout + done.stderr
     summary = (tmp_path / "out" / "summary.txt").read_text()
-    assert [line.split(",")[0] for line in summary.splitlines()] == ["build: ok", "subtb: ok", "draw: ok"]
+    ran = ["build: ok", "subtb: ok", "draw: ok", "rollout: ok", "goals: ok"]
+    assert [line.split(",")[0] for line in summary.splitlines()] == ran
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "_C.abi3.so",
         "check.log",
-        "subtb.csv",
+        "rows.tar.gz",
         "summary.txt",
     ]
+    assert rows_of(tmp_path / "out", "subtb") == rows
+    assert rows_of(tmp_path / "out", "head") == [{"date": "today", "provider": "gemm"}]
 
 
 def test_a_failing_part_shows_in_status_and_summary(tmp_path):
