@@ -283,7 +283,7 @@ def compare(goal: str, setting: Setting, run: Run) -> bool:
                 found = run.contest({"fastgfn": entry, name: partial(make, block)})
                 rows = make_rows(
                     found, ratios(found), goal=goal, case=f"n={batch}", item="token", packages=PACKAGES,
-                    model=setting.model, dtype=run.dtype, prompts=1, n=batch,
+                    model=setting.model, dtype=run.dtype, rank=RANK, prompts=1, n=batch,
                     prompt_tokens=setting.prompt_tokens, output_tokens=limits.max_length,
                 )  # fmt: skip
                 # Before a manager is stopped, which may fail.
@@ -327,8 +327,8 @@ def roofline(goal: str, setting: Setting, run: Run) -> bool:
             long.status = short.status
         rows = make_rows(
             {"fastgfn": long}, values, goal=goal, case=f"n={batch}", item="token", packages={},
-            model=setting.model, dtype=run.dtype, prompts=1, n=batch, prompt_tokens=setting.prompt_tokens,
-            output_tokens=setting.lengths[-1], **known,
+            model=setting.model, dtype=run.dtype, rank=RANK, prompts=1, n=batch,
+            prompt_tokens=setting.prompt_tokens, output_tokens=setting.lengths[-1], **known,
         )  # fmt: skip
         run.write(rows)
         ok &= long.status == "ok"

@@ -93,8 +93,8 @@ def run_group(part: str, goals: tuple[str, ...], out: Path, soft: float, hard: f
 def columns() -> list[str]:
     """Those of goals.csv after the provenance."""
     return [
-        *("goal", "case", "provider", "model", "dtype", "prompts", "n", "prompt_tokens", "output_tokens"),
-        *("rounds", "ms_p20", "ms_p50", "ms_p80", "item", "items", "items_per_s"),
+        *("goal", "case", "provider", "model", "dtype", "rank", "prompts", "n", "prompt_tokens"),
+        *("output_tokens", "rounds", "ms_p20", "ms_p50", "ms_p80", "item", "items", "items_per_s"),
         *("value", "step_ms", "step_bytes", "error", "baseline_bytes", "peak_bytes", "version", "note"),
         "status",
     ]

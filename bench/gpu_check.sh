@@ -94,6 +94,7 @@ op() {
 
 # Each goal has its rows as soon as they are measured; what hangs is ended, and the next goals go on.
 goals() {
+  nvidia-smi --query-gpu=name,clocks.sm,clocks.mem,power.draw,power.limit --format=csv 2>/dev/null
   "$PYTHON" bench/goals.py "$1" --out "$OUT" "--budget=$2" ${DRY:+--dry}
 }
 
