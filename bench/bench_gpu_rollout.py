@@ -11,14 +11,14 @@ import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from bench_rollout import TOLERANCE, generate_batch
 from contest import Contestant, Entry, Plan, Run, make_rows, ratios, serve
-from suite import NotAvailable
+from suite import NotAvailable, one_line
 from torch import Tensor
 
 from fastgfn.models import Policy, random_policy
@@ -267,6 +267,19 @@ def rivals_of(goal: str, run: Run, *request) -> dict[str, Callable[[contextlib.E
     return {"continuous": partial(batching, False), "continuous_async": partial(batching, True)}
 
 
+@contextlib.contextmanager
+def closing() -> Iterator[contextlib.ExitStack]:
+    """A stack whose closing, e.g. of a manager whose thread died, may fail: the rows are there by then."""
+    block = contextlib.ExitStack()
+    try:
+        yield block
+    finally:
+        try:
+            block.close()
+        except Exception as error:
+            print(f"  closing: {one_line(error)}", flush=True)
+
+
 def compare(goal: str, setting: Setting, run: Run) -> bool:
     """D1 to D3: tokens/s of whole calls."""
     prompt, ok = make_prompt(run.policy, setting.prompt_tokens), True
@@ -278,7 +291,7 @@ def compare(goal: str, setting: Setting, run: Run) -> bool:
         request = (prompt, limits, batch)
         # One rival at a time: what hangs takes no other with it.
         for name, make in rivals_of(goal, run, *request).items():
-            with contextlib.ExitStack() as block:
+            with closing() as block:
                 entry = Ours(run, *request).entry
                 found = run.contest({"fastgfn": entry, name: partial(make, block)})
                 rows = make_rows(
@@ -286,7 +299,6 @@ def compare(goal: str, setting: Setting, run: Run) -> bool:
                     model=setting.model, dtype=run.dtype, rank=RANK, prompts=1, n=batch,
                     prompt_tokens=setting.prompt_tokens, output_tokens=limits.max_length,
                 )  # fmt: skip
-                # Before a manager is stopped, which may fail.
                 run.write(rows)
             ok &= found["fastgfn"].status == "ok"
     return ok

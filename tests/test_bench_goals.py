@@ -304,7 +304,8 @@ def test_the_table_of_goals_says_what_was_and_what_was_not_measured(tmp_path, mo
         [row("D1", "n=64", "generate", 17.0), row("S2", "n=20", "published", 15.0)],
         date="2026-01-02T00:00Z",
     )
-    # neither a dirty tree nor a CPU counts
+    # neither a dirty tree nor a dry run nor a CPU counts
+    write(tmp_path, [row("D4", "n=64", "fastgfn", 0.8, dtype="fp32")], date="2026-01-03T00:00Z")
     write(tmp_path, [row("D4", "n=64", "fastgfn", 0.9)], date="2026-01-03T00:00Z", dirty=1)
     write(tmp_path, [row("S5", "x", "fastgfn", 0.9)], date="2026-01-03T00:00Z", device="AMD EPYC x2")
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip(" |") for line in
@@ -353,3 +354,11 @@ def test_the_best_batch_is_of_sizes_that_were_tried(policy, monkeypatch):
     rows = best_of(policy, monkeypatch, "failed: a bug", seconds=lambda: next(left))
     skipped = "skipped: no time left"
     assert rows == [*sizes, ("n=5", "published", "", skipped), ("n=7", "published", "", skipped)]
+
+
+def test_a_manager_that_cannot_be_stopped_loses_no_rows(capsys):
+    with rollout.closing() as block:
+        block.callback(lambda: 1 // 0)
+    assert "closing: integer division" in capsys.readouterr().out
+    with pytest.raises(KeyError), rollout.closing() as block:
+        raise KeyError
