@@ -7,7 +7,7 @@ tensor-level API for other libraries.
 
 from fastgfn.config import TrainConfig
 from fastgfn.models import Policy, load_policy
-from fastgfn.objectives import modified_subtb_loss
+from fastgfn.objectives import modified_subtb_loss, vargrad_loss
 from fastgfn.ops.backends import backend_info
 from fastgfn.packing import pack
 from fastgfn.passes import score_and_reward
@@ -39,4 +39,5 @@ __all__ = [
     "sample",
     "score",
     "score_and_reward",
+    "vargrad_loss",
 ]

@@ -38,10 +38,13 @@ class TrainConfig:
     """Edit distance below this share of both lengths makes a near-duplicate."""
     replay_priority: str = "reward"
     """Buffer draws are proportional to "reward", or "uniform"."""
+    objective: str = "modified_subtb"
+    """What is balanced: "modified_subtb" (every prefix, which needs a reward of its own) or "vargrad" (whole
+    sequences of a prompt, two at least; a reward of whole sequences is enough)."""
     subtb_lambda: float = 1.0
-    """Window weight lambda^(k-1), in [0, 1]."""
+    """Window weight lambda^(k-1) of "modified_subtb", in [0, 1]."""
     normalization: str = "group"
-    """How windows are pooled: "group", "batch" or "trajectory"."""
+    """How windows (or sequences) are pooled: "group", "batch" or "trajectory"."""
     max_tokens: int | None = None
     """Most nodes of a token tree in one pass. A larger one is scored and differentiated in parts of whole
     sequences, with equal gradients and less memory; None: always one pass."""
@@ -87,6 +90,10 @@ class TrainConfig:
         self._need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", ">= 1 or None")
         for field in ("replay_samples", "warmup_steps", "checkpoint_every", "seed"):
             self._need(getattr(self, field) >= 0, field, ">= 0")
+        known = ("modified_subtb", "vargrad")
+        self._need(self.objective in known, "objective", "'modified_subtb' or 'vargrad'")
+        pairs = self.objective != "vargrad" or self.num_samples + self.replay_samples >= 2
+        self._need(pairs, "num_samples", ">= 2 with objective='vargrad'")
         self._need(0.0 <= self.subtb_lambda <= 1.0, "subtb_lambda", "in [0, 1]")
         self._pair("tempered_share", lambda v: 0.0 <= v <= 1.0, "two numbers in [0, 1]")
         self._pair("adam_betas", lambda v: 0.0 <= v < 1.0, "two numbers in [0, 1)")

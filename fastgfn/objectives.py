@@ -1,5 +1,8 @@
 """Stage 4: LogProbs and log R -> loss, on the nodes of the tree.
 
+1. `modified_subtb_loss`: balance of every prefix of a trajectory with every other.
+2. `vargrad_loss`: balance of whole trajectories of a prompt with each other, for rewards of whole ones.
+
 Modified sub-trajectory balance (Hu et al. 2024, arXiv:2310.04363; Madan et al. 2023, arXiv:2209.12782). With
     U(s) = log q(s) + log q(stop | s) - log R(s stop)
 for every terminable prefix s, the loss is the weighted mean of (U(s_j) - U(s_i))^2 over the windows i < j of
@@ -72,25 +75,72 @@ def modified_subtb_loss(
         coefficients = window_coefficients(
             tree, subtb_lambda=subtb_lambda, normalization=normalization, weights=weights
         )
-    else:
-        fix = "pass them to window_coefficients"
-        checks.check(weights is None, name, "weights", "None beside coefficients", "a tensor", fix)
-    want = tuple(tree.leaf.shape)
-    checks.check_shape(name, "coefficients", coefficients, want, "pass one per trajectory")
-    checks.check_shape(
-        name, "log_reward", log_reward, (tree.num_nodes,), "pass the result of log_reward(tree)"
-    )
+        weights = None
+    _check_inputs(name, tree, log_reward, coefficients, weights)
     log_reward = log_reward.to(log_probs.log_pf.dtype)
     estimate = group_mean(log_ratio(log_probs, tree, log_reward), tree)
     log_flow = log_reward - log_probs.log_pterm
     if tree.constraints.min_length > 0:
         root_value = estimate if log_z is None else log_z
-        checks.check_shape(name, "log_z", root_value, (tree.num_groups,), "one value per prompt")
+        _check_log_z(name, tree, root_value)
         anchor = tree.is_root_state & ~tree.terminable
         log_flow = torch.where(anchor, root_value[tree.group.long()].to(log_flow), log_flow)
     valid, weight = _window_ends(tree), _through(tree, coefficients)
     loss = subtb_tree(log_probs.log_pf, log_flow, tree.parent, valid, weight.to(log_flow), subtb_lambda)
     return Objective(loss=loss, log_z=estimate)
+
+
+@phase("loss")
+def vargrad_loss(
+    log_probs: LogProbs,
+    *,
+    tree: TokenTree,
+    log_reward: Tensor,  # (T,)
+    normalization: str = "group",
+    weights: Tensor | None = None,  # (N,)
+    log_z: Tensor | None = None,  # (G,)
+    coefficients: Tensor | None = None,  # (N,)
+) -> Objective:
+    """VarGrad on a token tree: the variance of log q(x) - log R(x) over each prompt's trajectories, O(T);
+    zero exactly when q is proportional to R on what was drawn.
+
+    With delta = log q(x) - log R(x), every action and the final stop in it, and m the mean of delta over the
+    n trajectories of the prompt, under this policy and detached,
+        loss = mean over prompts of 1/n sum over trajectories of (delta - m)^2.
+    Deviations from a mean add up to 0, so that m needs no gradient: this one is exactly that of the variance,
+    and n / (n - 1) times it that of its unbiased estimate. Minus m estimates log Z(X), which nobody has to
+    learn. A prompt with a single trajectory adds nothing.
+
+    Richter et al. 2020 (arXiv:2010.10436), Zhang et al. 2023 (arXiv:2302.05446).
+
+    Args:
+        log_probs: node-aligned, from `score`.
+        log_reward: (T,) log R / T_reward, already tempered; read only where a trajectory stops.
+        normalization: a mean per prompt, then over prompts ("group"); "batch" and "trajectory" are the mean
+            over all trajectories.
+        weights: importance weights of the trajectories; numerator only, no gradient, not in m.
+        log_z: -m of every prompt where it is known better than from this tree; a learned value receives its
+            gradient (trajectory balance).
+        coefficients: of these trajectories, from `trajectory_coefficients` of the whole tree that this one is
+            a part of. The losses of all parts add up to the whole's if log_z is also that of the whole
+            wherever parts share a prompt.
+
+    Raises:
+        InputError: a shape disagrees, an unknown normalization, weights beside coefficients.
+    """
+    name = "vargrad_loss"
+    _check_normalization(name, normalization)
+    if coefficients is None:
+        coefficients = trajectory_coefficients(tree, normalization=normalization, weights=weights)
+        weights = None
+    _check_inputs(name, tree, log_reward, coefficients, weights)
+    delta = _delta(log_probs, tree, log_reward.detach())
+    estimate = group_mean(-delta.detach(), tree)
+    log_z = estimate if log_z is None else log_z
+    _check_log_z(name, tree, log_z)
+    residual = delta + log_z.to(delta)[tree.group[tree.leaf].long()]
+    loss = (coefficients.to(delta) * residual.square()).sum()
+    return Objective(loss=loss.to(log_probs.log_pf.dtype), log_z=estimate.to(log_probs.log_pf.dtype))
 
 
 def has_anchor(tree: TokenTree) -> bool:
@@ -116,9 +166,7 @@ def window_coefficients(
     _check_options(name, subtb_lambda, normalization)
     ends = _window_ends(tree)
     pairs = subtb_tree_pairs(tree.parent, ends, subtb_lambda) * ends
-    num = tree.leaf.shape[0]
-    share = torch.ones(num, dtype=torch.float64, device=pairs.device) if weights is None else weights.double()
-    checks.check_shape(name, "weights", share, (num,), "one weight per trajectory")
+    share = _shares(name, tree, weights)
     if normalization == "trajectory":
         total = tree_cumsum(pairs, tree.parent)[tree.leaf]
         used = total > 0
@@ -132,11 +180,37 @@ def window_coefficients(
     return share * scale[tree.group[tree.leaf].long()]
 
 
+def trajectory_coefficients(
+    tree: TokenTree,
+    *,
+    normalization: str = "group",
+    weights: Tensor | None = None,  # (N,)
+) -> Tensor:
+    """(N,) float64 coefficients a with which `vargrad_loss` is the sum over trajectories n of
+    a_n (delta_n - m)^2.
+
+    Args and raises: as `vargrad_loss`.
+    """
+    name = "trajectory_coefficients"
+    _check_normalization(name, normalization)
+    share = _shares(name, tree, weights)
+    if normalization != "group":
+        return share / max(1, len(share))
+    group = tree.group[tree.leaf].long()
+    size = torch.bincount(group, minlength=tree.num_groups)
+    return share / size[group] / (size > 0).sum()
+
+
 @torch.no_grad()
 def log_ratio(log_probs: LogProbs, tree: TokenTree, log_reward: Tensor) -> Tensor:
     """(N,) log R(x) - log q(x) of every trajectory: log Z(X) at the solution."""
-    gap = log_reward - log_probs.log_pterm - tree_cumsum(log_probs.log_pf, tree.parent)
-    return gap[tree.leaf]
+    return -_delta(log_probs, tree, log_reward)
+
+
+def _delta(log_probs: LogProbs, tree: TokenTree, log_reward: Tensor) -> Tensor:
+    """(N,) log q(x) - log R(x) of every trajectory, float64: a difference of large numbers."""
+    log_q = tree_cumsum(log_probs.log_pf.double(), tree.parent) + log_probs.log_pterm
+    return (log_q - log_reward)[tree.leaf]
 
 
 def group_mean(values: Tensor, tree: TokenTree) -> Tensor:
@@ -150,6 +224,10 @@ def _check_options(name: str, subtb_lambda: float, normalization: str) -> None:
     checks.check(
         0.0 <= subtb_lambda <= 1.0, name, "subtb_lambda", "in [0, 1]", subtb_lambda, "1.0 is the paper's"
     )
+    _check_normalization(name, normalization)
+
+
+def _check_normalization(name: str, normalization: str) -> None:
     checks.check(
         normalization in NORMALIZATIONS,
         name,
@@ -158,6 +236,30 @@ def _check_options(name: str, subtb_lambda: float, normalization: str) -> None:
         normalization,
         "use 'group'",
     )
+
+
+def _check_inputs(
+    name: str, tree: TokenTree, log_reward: Tensor, coefficients: Tensor, weights: Tensor | None
+) -> None:
+    fix = "pass them to the function that made the coefficients"
+    checks.check(weights is None, name, "weights", "None beside coefficients", "a tensor", fix)
+    want = tuple(tree.leaf.shape)
+    checks.check_shape(name, "coefficients", coefficients, want, "pass one per trajectory")
+    want = (tree.num_nodes,)
+    checks.check_shape(name, "log_reward", log_reward, want, "pass the result of log_reward(tree)")
+
+
+def _check_log_z(name: str, tree: TokenTree, log_z: Tensor) -> None:
+    checks.check_shape(name, "log_z", log_z, (tree.num_groups,), "one value per prompt")
+
+
+def _shares(name: str, tree: TokenTree, weights: Tensor | None) -> Tensor:
+    """(N,) float64 weights of the trajectories, 1 without any."""
+    num = tree.leaf.shape[0]
+    ones = torch.ones(num, dtype=torch.float64, device=tree.leaf.device)
+    share = ones if weights is None else weights.double()
+    checks.check_shape(name, "weights", share, (num,), "one weight per trajectory")
+    return share
 
 
 def _window_ends(tree: TokenTree) -> Tensor:

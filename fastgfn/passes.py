@@ -1,19 +1,30 @@
 """The passes of a step over its tree: score and reward together, and a large tree in parts.
 
 Neither changes a result. What parts of a tree have in common is known before the first of them is scored (the
-coefficients of the windows), or is read from a pass without gradient (log Z(X) of a prompt whose trajectories
-lie in several parts and cannot stop at s_0); so the losses and gradients of the parts add up to the whole's.
+coefficients of the windows or trajectories), or is read from a pass without gradient (log Z(X) of a prompt
+whose trajectories lie in several parts, where the objective reads it); so the losses and gradients of the
+parts add up to the whole's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastgfn import checks
 from fastgfn.models import Policy
-from fastgfn.objectives import group_mean, has_anchor, log_ratio, modified_subtb_loss, window_coefficients
+from fastgfn.objectives import (
+    Objective,
+    group_mean,
+    has_anchor,
+    log_ratio,
+    modified_subtb_loss,
+    trajectory_coefficients,
+    vargrad_loss,
+    window_coefficients,
+)
 from fastgfn.packing import split_tree
 from fastgfn.phases import phase
 from fastgfn.rewards import LMReward, Reward, log_reward
@@ -58,30 +69,31 @@ def add_gradients(
     policy: Policy,
     reward: Reward,
     reward_temperature: float = 1.0,
+    objective: str = "modified_subtb",
     subtb_lambda: float = 1.0,
     normalization: str = "group",
     max_tokens: int | None = None,
     scale: float = 1.0,
 ) -> Pass:
-    """Add the gradient of scale * `modified_subtb_loss` to `.grad` of the policy's parameters.
+    """Add the gradient of scale * the objective to `.grad` of the policy's parameters.
 
     Args:
         reward_temperature: divides log R.
-        subtb_lambda, normalization: of `modified_subtb_loss`.
+        objective: "modified_subtb" or "vargrad", see fastgfn.objectives.
+        subtb_lambda, normalization: of `modified_subtb_loss`; `vargrad_loss` has no subtb_lambda.
         max_tokens: a tree of more nodes is scored and differentiated in parts, see `split_tree`; no part's
             graph outlives it. Equal to one pass up to rounding; the price is that nodes which parts share
             are computed in each, and one more forward where log Z(X) has to be known beforehand.
 
     Raises:
-        InputError: as `split_tree`, `log_reward` and `modified_subtb_loss`; a tree without trajectories.
+        InputError: as `split_tree`, `log_reward` and the objective, of which there are two; no trajectory.
     """
     num = tree.leaf.shape[0]
     checks.check(num > 0, "add_gradients", "tree", "of at least one trajectory", num, "pack some rollouts")
-    options = {"subtb_lambda": subtb_lambda, "normalization": normalization}
-    coefficients = window_coefficients(tree, **options)
+    loss_of, coefficients, reads_log_z = _objective(objective, tree, subtb_lambda, normalization)
     parts = split_tree(tree, max_tokens=max_tokens)
     log_z, known = None, [None] * len(parts)
-    if has_anchor(tree) and _share_groups(parts):
+    if reads_log_z and _share_groups(parts):
         log_z, known = _log_z(tree, parts, policy, reward, reward_temperature)
 
     def add(part: TreePart, raw_log_reward: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,13 +102,12 @@ def add_gradients(
         else:
             log_probs = score(part.tree, policy=policy)
         tempered = raw_log_reward / reward_temperature
-        loss = modified_subtb_loss(
+        loss = loss_of(
             log_probs,
             tree=part.tree,
             log_reward=tempered,
             log_z=None if log_z is None else log_z[: part.tree.num_groups],
             coefficients=coefficients[part.trajectories],
-            **options,
         ).loss
         with phase("backward"):
             (loss * scale).backward()
@@ -112,6 +123,18 @@ def add_gradients(
     log_z = group_mean(_by_trajectory(parts, ratios), tree)
     log_pf = _by_node(parts, log_pfs, tree.num_nodes)
     return Pass(torch.stack(losses).sum(), log_z, _by_trajectory(parts, log_rewards), log_pf)
+
+
+def _objective(
+    name: str, tree: TokenTree, subtb_lambda: float, normalization: str
+) -> tuple[Callable[..., Objective], Tensor, bool]:
+    """The loss of a part, the (N,) coefficients of the whole tree, and whether the loss reads log Z(X)."""
+    want, fix = "'modified_subtb' or 'vargrad'", "use 'modified_subtb'"
+    checks.check(name in ("modified_subtb", "vargrad"), "add_gradients", "objective", want, repr(name), fix)
+    if name == "vargrad":
+        return vargrad_loss, trajectory_coefficients(tree, normalization=normalization), True
+    coefficients = window_coefficients(tree, subtb_lambda=subtb_lambda, normalization=normalization)
+    return partial(modified_subtb_loss, subtb_lambda=subtb_lambda), coefficients, has_anchor(tree)
 
 
 def _share_groups(parts: Sequence[TreePart]) -> bool:

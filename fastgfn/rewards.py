@@ -1,7 +1,8 @@
 """Stage 3, beside `score`: TokenTree -> log R of every prefix that may stop.
 
 A reward is a callable(TokenTree) -> (T,) tensor holding the un-tempered log R(s stop) at terminable nodes;
-other entries are ignored. A reward that is only known at the end of a trajectory sets `terminal_only = True`.
+other entries are ignored. A reward that is only known at the end of a trajectory sets `terminal_only = True`;
+then all but the nodes where a trajectory stops are ignored.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +54,7 @@ class SequenceReward:
     """A reward from a plain function of token ids: `function(list of Z) -> one log R per Z`.
 
     Every distinct terminable prefix is passed exactly once; Z excludes prompt and termination token. With
-    terminal_only=True the reward says that it is only meaningful at the end of a trajectory.
+    terminal_only=True the reward is only meaningful at the end of a trajectory: other prefixes are left out.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class SequenceReward:
         self.terminal_only = terminal_only
 
     def __call__(self, tree: TokenTree) -> Tensor:
-        nodes = tree.terminable.nonzero()[:, 0]
+        nodes = _rewarded(self, tree).nonzero()[:, 0]
         result = self.function(node_sequences(tree, nodes))
         try:
             value = torch.as_tensor(result, dtype=torch.float64)
@@ -89,6 +90,13 @@ class SequenceReward:
         )
 
 
+def _rewarded(reward: Reward, tree: TokenTree) -> Tensor:
+    """(T,) bool: the nodes whose log R is defined, of those that may stop."""
+    if not getattr(reward, "terminal_only", False):
+        return tree.terminable
+    return tree.terminable & torch.zeros_like(tree.is_state).index_fill(0, tree.leaf, True)
+
+
 def node_sequences(tree: TokenTree, nodes: Tensor) -> list[list[int]]:
     """The tokens of Z that lead to each node."""
     lengths = tree.length[nodes].long()
@@ -101,6 +109,7 @@ def node_sequences(tree: TokenTree, nodes: Tensor) -> list[list[int]]:
 @phase("reward")
 def log_reward(tree: TokenTree, *, reward: Reward) -> Tensor:
     """(T,) un-tempered log R at terminable nodes, 0 elsewhere: float32 (float64 if the reward is), detached.
+    Of a terminal-only reward 0 also where no trajectory stops.
 
     Raises:
         InputError: the reward returned a wrong shape or a non-finite value (the sequence is named).
@@ -121,7 +130,9 @@ def log_reward(tree: TokenTree, *, reward: Reward) -> Tensor:
         "log_reward", "the reward's result", value, (tree.num_nodes,), "return one value per tree node"
     )
     value = value.detach().to(tree.tokens.device)
-    value = (value if value.dtype == torch.float64 else value.float()).masked_fill(~tree.terminable, 0.0)
+    value = (value if value.dtype == torch.float64 else value.float()).masked_fill(
+        ~_rewarded(reward, tree), 0.0
+    )
     bad = ~value.isfinite()
     if bool(bad.any()):
         node = bad.nonzero()[0]

@@ -1,6 +1,6 @@
 """The loop: `Trainer.step` is the road, in order, and nothing else.
 
-prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss -> optimiser step
+prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss (or vargrad_loss) -> optimiser step
 
 fastgfn.passes holds the three in the middle, for a whole tree or in parts.
 """
@@ -48,7 +48,7 @@ class Trainer:
 
     Raises:
         InputError: no prompts, a prompt or constraints that do not fit the model, no trainable parameters, or
-            a terminal-only reward.
+            a terminal-only reward for an objective of prefixes.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class Trainer:
             len(prompts) > 0, "Trainer", "prompts", "at least one prompt", 0, "pass lists of token ids"
         )
         checks.check(
-            not getattr(reward, "terminal_only", False),
+            config.objective == "vargrad" or not getattr(reward, "terminal_only", False),
             "Trainer",
             "reward",
             "defined on every terminable prefix",
             "a terminal-only reward",
-            "SubTB needs prefix rewards; use trajectory balance (TB) or VarGrad for terminal-only ones",
+            "SubTB needs prefix rewards; set objective='vargrad' (VarGrad) for terminal-only ones",
         )
         parameters = [p for _, p in policy.parameters()]
         checks.check(bool(parameters), "Trainer", "policy", "trainable", "no parameters", "use load_policy")
@@ -124,6 +124,7 @@ class Trainer:
                 policy=self.policy,
                 reward=self.reward,
                 reward_temperature=reward_temperature,
+                objective=config.objective,
                 subtb_lambda=config.subtb_lambda,
                 normalization=config.normalization,
                 max_tokens=config.max_tokens,

@@ -52,6 +52,8 @@ def test_a_mapping_round_trips_and_an_unknown_key_names_the_closest():
         ("reward_temperature", (1.0, float("nan"))),
         ("schedule", "step"),
         ("normalization", "mean"),
+        ("objective", "tb"),
+        ("objective", None),
         ("learning_rate", 0.0),
         ("max_grad_norm", 0.0),
         ("replay_samples", -1),
@@ -69,3 +71,10 @@ def test_a_mapping_round_trips_and_an_unknown_key_names_the_closest():
 def test_refuses_bad_values(field, value):
     with pytest.raises(InputError, match=f"TrainConfig: {field} must be"):
         TrainConfig(**{field: value})
+
+
+def test_vargrad_needs_two_sequences_of_a_prompt():
+    want = "TrainConfig: num_samples must be >= 2 with objective='vargrad', got 1"
+    with pytest.raises(InputError, match=want):
+        TrainConfig(objective="vargrad", num_samples=1)
+    TrainConfig(objective="vargrad", num_samples=1, replay_samples=1)

@@ -48,6 +48,7 @@ def test_public_names_are_frozen():
         "sample",
         "score",
         "score_and_reward",
+        "vargrad_loss",
     ]
     assert all(hasattr(fastgfn, name) for name in fastgfn.__all__)
     import fastgfn.functional as functional

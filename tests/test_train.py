@@ -121,6 +121,8 @@ def test_resume_refuses_other_settings(tiny_policy, tmp_path):
     _trainer(tiny_policy(dtype=torch.float32), steps=2).fit(tmp_path)
     with pytest.raises(InputError, match="learning_rate must be 0.001, got 0.5; resume with the settings"):
         _trainer(tiny_policy(dtype=torch.float32), steps=2, learning_rate=0.5).resume(tmp_path)
+    with pytest.raises(InputError, match="objective must be 'modified_subtb', got 'vargrad'; resume with"):
+        _trainer(tiny_policy(dtype=torch.float32), steps=2, objective="vargrad").resume(tmp_path)
     with pytest.raises(InputError, match="max_tokens must be None, got 64; resume with the settings"):
         _trainer(tiny_policy(dtype=torch.float32), steps=2, max_tokens=64).resume(tmp_path)
     with pytest.raises(InputError, match="must be a run with an intact checkpoint"):
@@ -198,7 +200,7 @@ def test_every_prompt_is_visited_once_per_epoch(tiny_policy):
 
 def test_refuses_what_cannot_be_trained(tiny_policy, tmp_path):
     terminal = SequenceReward(lambda zs: [0.0] * len(zs), terminal_only=True)
-    with pytest.raises(InputError, match="terminal-only reward.*trajectory balance .TB. or VarGrad"):
+    with pytest.raises(InputError, match="terminal-only reward.*set objective='vargrad'"):
         _trainer(tiny_policy(), reward=terminal)
     want = r"config.max_tokens must be >= 5, the longest prompt and max_length, got 4; raise it"
     with pytest.raises(InputError, match=want):
