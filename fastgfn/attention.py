@@ -3,10 +3,14 @@
 Custom keyword arguments of a transformers backbone reach the attention function of every layer, so one
 registered function serves the packed token tree (score, reward, prefill) and decoding: the `attention`
 keyword holds one of the two objects below.
+
+Under torch.autocast a float32 model computes what plain transformers would in 16 bits: the products of its
+layers and head, and attention, whose keys and values are kept in 16 bits; log-probs stay float32.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -86,10 +90,20 @@ def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.
     if kwargs.get("s_aux") is not None:
         have = f"{type(module).__name__}, which adds a sink to every softmax"
         checks.fail("attention", "model", "without attention sinks", have, "use a model without them")
+    query, key, value = (_autocast(x) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
     out = attention(module.layer_idx, query, key, value, scale=scale, softcap=softcap, window=window)
     return out, None
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in the dtype in which torch's own attention would compute it: under autocast queries and keys come
+    from rotary angles in float32, values from a product in 16 bits."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 AttentionInterface.register(NAME, _forward)

@@ -50,7 +50,8 @@ def probe(policy) -> tuple[int, bool]:
 
     def run(tokens: list[int], position: list[int], attend) -> Tensor:
         ids, depth = torch.tensor(tokens, device=device), torch.tensor(position, device=device)
-        return policy.hidden(ids, depth, attend(depth)).float()
+        with torch.autocast(device.type, enabled=False):
+            return policy.hidden(ids, depth, attend(depth)).float()
 
     def tree(end: list[int], kv: KeyValues | None = None):
         nodes = torch.arange(len(end), device=device)

@@ -62,7 +62,8 @@ def sample(
             take `policy.node_bytes` per token: prompts and batch_size (GPU: next power of 2) * max_length;
             those of a draft model come on top.
         merge: draw with the adapter merged into copies of the weights: faster, for a copy of the linear
-            layers. In 16 bits merging rounds small adapters; compare `log_pf` with the score's.
+            layers. In 16 bits merging rounds small adapters; compare `log_pf` with the score's. Nothing is
+            merged under torch.autocast, which rounds the layers as it does in the score.
         precision: dtype of those copies, e.g. torch.bfloat16 under a float32 policy; None: the base's. What
             is drawn is then another, nearby, behaviour policy, which off-policy objectives allow.
 
@@ -81,9 +82,8 @@ def sample(
     request = _request(prompts, policy, constraints, temperature, options, hooks, *numbers)
     _check_numbers(seed, merge, precision)
     drawer = Drawer(policy, constraints, options, seed)
-    merges = merge and (constraints.max_length >= MERGE_FROM or precision is not None)
     with contextlib.ExitStack() as block:
-        if merges:
+        if _merges(policy, constraints, merge, precision):
             _merge(block, policy, precision)
         return _engine(policy, request, drawer, batch_size).run()
 
@@ -106,6 +106,15 @@ def _request(
     temperature = _temperatures(temperature, len(group))
     _check_prefixes(options.prefixes, len(group), policy.vocab_size, constraints)
     return Request(prompts, group, constraints, temperature, first_trajectory, options.prefixes, *hooks)
+
+
+def _merges(policy: Policy, constraints: Constraints, merge: bool, precision: torch.dtype | None) -> bool:
+    """Whether merged copies are used and worth it."""
+    if torch.is_autocast_enabled(policy.device.type):
+        fix = "autocast says in what dtype to draw: leave it out"
+        checks.check(precision is None, "sample", "precision", "None under autocast", precision, fix)
+        return False
+    return merge and (constraints.max_length >= MERGE_FROM or precision is not None)
 
 
 def _merge(block: contextlib.ExitStack, policy: Policy, precision: torch.dtype | None) -> None:
