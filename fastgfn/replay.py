@@ -168,8 +168,18 @@ class ReplayBuffer:
         return {"entries": rows}
 
     def load_state(self, state: dict) -> None:
-        self._entries = {
-            tuple(map(int, prompt.split(","))): [Entry(value, tuple(tokens)) for value, tokens in rows]
-            for prompt, rows in state["entries"].items()
-        }
+        self.restore(
+            {
+                tuple(map(int, prompt.split(","))): [Entry(value, tuple(tokens)) for value, tokens in rows]
+                for prompt, rows in state["entries"].items()
+            }
+        )
+
+    def snapshot(self) -> dict[tuple[int, ...], list[Entry]]:
+        """The contents as they are now, for `restore`; what is stored later does not change it."""
+        return {prompt: list(rows) for prompt, rows in self._entries.items()}
+
+    def restore(self, entries: dict[tuple[int, ...], list[Entry]]) -> None:
+        """Take over the contents of a `snapshot`."""
+        self._entries = entries
         self._known = {p: {e.tokens for e in rows} for p, rows in self._entries.items()}

@@ -5,6 +5,7 @@ prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss (or vargr
 fastgfn.passes holds the three in the middle, for a whole tree or in parts.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -34,6 +35,25 @@ from fastgfn.types import Constraints, Rollouts, TokenTree, as_int64
 _TEMPERATURES, _REPLAY, _PROMPTS = range(3)
 # Nats per token by which the sampler's log q may differ from the score's before merging is given up.
 MOST_DRIFT = 0.1
+
+
+def _undone_on_failure(step: Callable[["Trainer"], dict[str, float]]) -> Callable:
+    """`step`, after which counters and buffer are as before if it raised."""
+
+    @functools.wraps(step)
+    def tried(trainer: "Trainer") -> dict[str, float]:
+        counters = {name: getattr(trainer, name) for name in ("trajectories", "tokens", "merges")}
+        entries = trainer.buffer.snapshot()
+        try:
+            return step(trainer)
+        except BaseException:
+            for name, value in counters.items():
+                setattr(trainer, name, value)
+            trainer.buffer.restore(entries)
+            trainer.optimizer.zero_grad()
+            raise
+
+    return tried
 
 
 class Trainer:
@@ -100,8 +120,12 @@ class Trainer:
         self.merges = True  # whether sequences are drawn with merged weights
         self._run_folder: str | None = None  # whose checkpoints are this run's
 
+    @_undone_on_failure
     def step(self) -> dict[str, float]:
-        """One optimiser step over `accumulation` micro-batches; returns metrics of the batch."""
+        """One optimiser step over `accumulation` micro-batches; returns metrics of the batch.
+
+        A step that raises leaves the trainer as it was, without gradients: the next one draws what it would.
+        """
         config, step = self.config, self.steps_done
         learning_rate, reward_temperature = config.learning_rate_at(step), config.reward_temperature_at(step)
         metrics: dict[str, float] = {"loss": 0.0, "log_z": 0.0, "drift": 0.0}
@@ -234,7 +258,7 @@ class Trainer:
         if self.merges and drift > MOST_DRIFT:
             have = f"{drift:.2g} nats per token, more than {MOST_DRIFT}"
             warnings.warn(
-                f"Trainer: merged weights drift by {have}; drawing with unmerged ones", stacklevel=3
+                f"Trainer: merged weights drift by {have}; drawing with unmerged ones", stacklevel=4
             )
             self.merges = False
 

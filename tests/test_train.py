@@ -190,6 +190,45 @@ def test_parts_and_checkpointing_train_the_same_weights(tiny_policy, min_length,
     ]
 
 
+@pytest.mark.parametrize("where", ["reward", "update"])
+def test_a_failed_step_can_be_tried_again(tiny_policy, where, monkeypatch):
+    """As if nothing had been: the same draws, metrics, weights and buffer as without the failure."""
+    options = dict(steps=4, accumulation=2, learning_rate=1e-2, prompts=[[1, 2]])
+    calls, failing = [], []
+
+    def value(zs):
+        calls.append(len(zs))
+        if failing and len(calls) == failing[0]:
+            raise RuntimeError("the scorer is down")
+        return [_value(z) for z in zs]
+
+    undisturbed, disturbed = (
+        _trainer(tiny_policy(dtype=torch.float32), SequenceReward(value), **options) for _ in range(2)
+    )
+    want = [undisturbed.step() for _ in range(3)]
+    got = [disturbed.step()]
+    before = (_weights(disturbed.policy), disturbed.buffer.state(), disturbed.trajectories, disturbed.tokens)
+    assert len(disturbed.buffer) > 4
+    with monkeypatch.context() as broken:
+        if where == "reward":
+            # of the second micro-batch
+            failing.append(len(calls) + 2)
+        else:
+            broken.setattr(disturbed.optimizer, "step", lambda: 1 / 0)
+        with pytest.raises(RuntimeError if where == "reward" else ZeroDivisionError):
+            disturbed.step()
+    after = (disturbed.buffer.state(), disturbed.trajectories, disturbed.tokens)
+    assert after == before[1:] and disturbed.steps_done == 1 and disturbed.merges
+    assert all(torch.equal(v, before[0][n]) for n, v in _weights(disturbed.policy).items())
+    assert all(p.grad is None for _, p in disturbed.policy.parameters())
+    got += [disturbed.step() for _ in range(2)]
+    assert got == want
+    assert all(torch.equal(v, _weights(undisturbed.policy)[n]) for n, v in _weights(disturbed.policy).items())
+    assert disturbed.buffer.state() == undisturbed.buffer.state()
+    # what the buffer knows, too: a sequence that the failed step had stored is new
+    assert disturbed.buffer._known == undisturbed.buffer._known
+
+
 def test_every_prompt_is_visited_once_per_epoch(tiny_policy):
     prompts = [[i] for i in range(1, 8)]
     trainer = _trainer(tiny_policy(), prompts=prompts, prompts_per_step=3, accumulation=2)
