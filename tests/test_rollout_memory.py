@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from family_models import make_policy
 
 from fastgfn.checks import InputError
 from fastgfn.models import Policy
 from fastgfn.models.linear import Linear
-from fastgfn.rollout import engine, sample
+from fastgfn.rollout import Drafts, PromptLookup, engine, sample, sampling
 from fastgfn.types import Constraints
 
 PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 4, 6], [1]]
@@ -94,7 +95,8 @@ def test_other_errors_pass_through(tiny_policy, monkeypatch):
 
 
 def test_more_than_fits_is_refused_before_the_first_token(tiny_policy, monkeypatch, seen_tokens):
-    policy, options = tiny_policy(), dict(constraints=Constraints(0, max_length=6), num_samples=40)
+    policy = tiny_policy()
+    options = dict(constraints=Constraints(0, max_length=6), num_samples=40, merge=False)
     assert policy.node_bytes == 2 * 2 * 2 * 8 * 8  # layers, keys and values, heads, width, float64
     del seen_tokens[:]
     # three prompts at most, and 6 nodes per trajectory
@@ -109,3 +111,92 @@ def test_more_than_fits_is_refused_before_the_first_token(tiny_policy, monkeypat
     monkeypatch.setattr(type(policy), "free_bytes", lambda self: 100)
     with pytest.raises(InputError, match="got 1, .*; shorten the prompts or lower max_length"):
         sample(PROMPTS, policy=policy, **options)
+
+
+def from_sample(recorded):
+    return [warning for warning in recorded if "sample" in str(warning.message)]
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Samples with so many bytes free; the batch size, and how many layers were merged while drawing."""
+    found = []
+
+    class Noted(engine.Engine):
+        def __init__(self, policy, request, drawer, batch_size):
+            found.append((batch_size, sum(layer.merged is not None for layer in policy._linear)))
+            super().__init__(policy, request, drawer, batch_size)
+
+    def run(policy, free, **options):
+        monkeypatch.setattr(type(policy), "free_bytes", lambda self: free)
+        monkeypatch.setattr(sampling, "choose_engine", lambda *args: Noted)
+        options = dict(constraints=Constraints(0, max_length=6), num_samples=64, seed=4) | options
+        rollouts = sample([[1, 2, 3]], policy=policy, **options)
+        return rows(rollouts), *found.pop()
+
+    return run
+
+
+def test_merged_copies_are_counted_before_they_are_made(tiny_policy, planned, recwarn):
+    policy = tiny_policy()
+    own, largest = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48), 32 * 48
+    copies = policy.merged_bytes()
+    assert copies == 8 * (own + largest)
+    assert policy.merged_bytes(torch.bfloat16) == 2 * own + 8 * largest
+
+    def need(size):  # the prompt, and 6 nodes per sequence
+        return policy.node_bytes * (3 + 6 * size)
+
+    want, size, merged = planned(policy, 2 * need(64) + copies)
+    assert (size, merged) == (64, 14)
+    # a batch of half the size at least, by default of half of what the copies leave free
+    assert planned(policy, 2 * need(32) + copies) == (want, 32, 14)
+    assert planned(policy, need(40) + copies, batch_size=40) == (want, 40, 14)
+    assert planned(policy, need(40) + policy.merged_bytes(torch.bfloat16), batch_size=40,
+                   precision=torch.bfloat16)[1:] == (40, 14)  # fmt: skip
+    assert not from_sample(recwarn)
+    for free, options, size in (
+        (need(40) + copies - 1, {"batch_size": 40}, 40),
+        (need(40), {"batch_size": 40, "precision": torch.bfloat16}, 40),
+        (2 * need(4) + copies, {}, 16),
+        (copies // 2, {}, 8),
+        (2 * need(2), {}, 2),
+    ):
+        match = "no memory for merged weights .*, drawing with unmerged ones"
+        with pytest.warns(UserWarning, match=match) as made:
+            assert planned(policy, free, **options) == (want, size, 0), free
+        # the caller's line
+        assert made[0].filename == __file__
+
+
+def test_nothing_is_counted_that_is_not_copied(tiny_policy, planned, recwarn):
+    policy = tiny_policy()
+    free = policy.node_bytes * (3 + 6 * 64) * 2
+    assert planned(policy, free, merge=False)[1:] == (64, 0)
+    # too short for merging
+    assert planned(policy, free, constraints=Constraints(0, max_length=3))[1:] == (64, 0)
+    trained = make_policy("llama", torch.float32, trainable=True)
+    assert trained.merged_bytes() == 0
+    for layer in policy._linear:
+        layer.merge(None)
+        layer.merged = layer.merged._replace(weight=layer.weight.clone())
+        layer.unmerge(keep=True)
+    assert policy.merged_bytes() == 0
+    assert not from_sample(recwarn)
+
+
+def test_what_explicit_classes_gather_in_decoding_is_counted(planned):
+    policy = make_policy("gptj", torch.float32)
+    layer_bytes = 2 * 4 * 8 * 4  # keys and values, heads, width, float32
+    assert policy.path_bytes == layer_bytes and policy.node_bytes == 2 * layer_bytes
+    assert make_policy("gpt2", torch.float32).path_bytes == 0
+    # paths of 3 + 6 nodes, of which a layer's are gathered for each of 40 rows at a time
+    need = policy.node_bytes * (3 + 6 * 40) + layer_bytes * 40 * 9
+    options = dict(batch_size=40, merge=False)
+    assert planned(policy, need, **options)[1] == 40
+    with pytest.raises(InputError, match="batch_size must be so small .* got 40, .*; lower batch_size to 16"):
+        planned(policy, need - 1, **options)
+    # five rows of a trajectory at a time
+    with pytest.raises(InputError, match="batch_size must be so small .* got 8, .*; lower batch_size to 2"):
+        planned(policy, policy.node_bytes * (3 + 14 * 8) + layer_bytes * 40 * 9 - 1, merge=False,
+                batch_size=8, drafts=Drafts(PromptLookup(), length=4))  # fmt: skip

@@ -274,7 +274,7 @@ def test_memory_is_predicted_for_whole_buckets(tiny_policy, by_slots, monkeypatc
     policy, constraints = tiny_policy(), Constraints(0, max_length=6)
     # the pool of 16 slots and prompts of 3 + 2 tokens
     monkeypatch.setattr(type(policy), "free_bytes", lambda self: policy.node_bytes * (16 * 6 + 5))
-    options = dict(policy=policy, constraints=constraints, num_samples=40)
+    options = dict(policy=policy, constraints=constraints, num_samples=40, merge=False)
     with pytest.raises(InputError, match="batch_size must be so small that its keys and values fit"):
         by_slots([[1, 2, 3], [4, 5]], batch_size=17, **options)
     _, (made,) = by_slots([[1, 2, 3], [4, 5]], batch_size=9, **options)

@@ -212,3 +212,19 @@ def take_over(backbone: nn.Module) -> list[Linear]:
     for layer in layers:
         layer.layer.forward = layer
     return layers
+
+
+def merged_bytes(layers: list[Linear], dtype: torch.dtype | None = None) -> int:
+    """Memory that merging all of them takes: the copies, and while the largest is made the sum that it is
+    rounded from. Nothing where copies were made and their memory kept."""
+    if any(layer.spare is not None for layer in layers):
+        return 0
+    copies = summed = 0
+    for layer in (x for x in layers if x._is_mergeable):
+        weight = layer.weight
+        own = weight.dtype if dtype is None else dtype
+        # on a CPU `packed` copies whatever the dtype
+        if not layer.without_adapter or own != weight.dtype or weight.device.type == "cpu":
+            copies += weight.numel() * own.itemsize
+            summed = max(summed, weight.numel() * torch.promote_types(weight.dtype, torch.float32).itemsize)
+    return copies + summed

@@ -14,7 +14,7 @@ from fastgfn.attention import NAME, TreeAttention
 from fastgfn.models import explicit
 from fastgfn.models.checkpointing import CheckpointedLayer, checkpoint_layers
 from fastgfn.models.decode_layer import DecoderLayer, take_over_layers
-from fastgfn.models.linear import Linear, take_over
+from fastgfn.models.linear import Linear, merged_bytes, take_over
 from fastgfn.models.log_probs import paired_log_probs, tree_log_probs
 from fastgfn.models.mlp import GatedMLP, take_over_mlps
 from fastgfn.models.probe import probe, refuse_local_attention
@@ -176,6 +176,16 @@ class Policy:
             keep = self.may_keep(sum(x.numel() * x.element_size() for x in copies))
             for layer in self._linear:
                 layer.unmerge(keep)
+
+    def merged_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """Memory that `merged(dtype)` takes."""
+        return merged_bytes(self._linear, dtype)
+
+    @property
+    def path_bytes(self) -> int:
+        """Of one token on the path of one row: what a class outside AttentionInterface gathers to decode, the
+        keys and values of one layer at a time."""
+        return 0 if self._takes_function else self.node_bytes // max(1, self.config.num_hidden_layers)
 
     def may_keep(self, num_bytes: int) -> bool:
         """Whether so much memory may stay taken between calls of `sample`, for its CUDA graphs."""

@@ -63,7 +63,7 @@ def sample(
             those of a draft model come on top.
         merge: draw with the adapter merged into copies of the weights: faster, for a copy of the linear
             layers. In 16 bits merging rounds small adapters; compare `log_pf` with the score's. Nothing is
-            merged under torch.autocast, which rounds the layers as it does in the score.
+            merged under torch.autocast, nor, with a warning, where memory has no room for the copies.
         precision: dtype of those copies, e.g. torch.bfloat16 under a float32 policy; None: the base's. What
             is drawn is then another, nearby, behaviour policy, which off-policy objectives allow.
 
@@ -82,10 +82,13 @@ def sample(
     request = _request(prompts, policy, constraints, temperature, options, hooks, *numbers)
     _check_numbers(seed, merge, precision)
     drawer = Drawer(policy, constraints, options, seed)
+    kind = choose_engine(policy, request, drawer)
+    copies = _merged_bytes(policy, constraints, merge, precision)
+    size, merges = _plan(batch_size, policy, request, kind, copies)
     with contextlib.ExitStack() as block:
-        if _merges(policy, constraints, merge, precision):
+        if merges:
             _merge(block, policy, precision)
-        return _engine(policy, request, drawer, batch_size).run()
+        return kind(policy, request, drawer, size).run()
 
 
 def _request(
@@ -108,13 +111,16 @@ def _request(
     return Request(prompts, group, constraints, temperature, first_trajectory, options.prefixes, *hooks)
 
 
-def _merges(policy: Policy, constraints: Constraints, merge: bool, precision: torch.dtype | None) -> bool:
-    """Whether merged copies are used and worth it."""
+def _merged_bytes(
+    policy: Policy, constraints: Constraints, merge: bool, precision: torch.dtype | None
+) -> int | None:
+    """Memory that merged copies take, None where none are wanted."""
     if torch.is_autocast_enabled(policy.device.type):
         fix = "autocast says in what dtype to draw: leave it out"
         checks.check(precision is None, "sample", "precision", "None under autocast", precision, fix)
-        return False
-    return merge and (constraints.max_length >= MERGE_FROM or precision is not None)
+        return None
+    merges = merge and (constraints.max_length >= MERGE_FROM or precision is not None)
+    return policy.merged_bytes(precision) if merges else None
 
 
 def _merge(block: contextlib.ExitStack, policy: Policy, precision: torch.dtype | None) -> None:
@@ -124,17 +130,10 @@ def _merge(block: contextlib.ExitStack, policy: Policy, precision: torch.dtype |
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        warnings.warn("sample: out of memory for merged weights, drawing with unmerged ones", stacklevel=4)
+        warnings.warn("sample: out of memory for merged weights, drawing with unmerged ones", stacklevel=5)
         return
     ok, fix = precision is None or num_merged > 0, "these weights are trained or quantised: leave it out"
     checks.check(ok, "sample", "precision", "None where no layer can be merged", precision, fix)
-
-
-def _engine(policy: Policy, request: Request, drawer: Drawer, batch_size: int | None) -> Engine:
-    kind = choose_engine(policy, request, drawer)
-    if kind is Engine:
-        policy.kept = None
-    return kind(policy, request, drawer, _batch_size(batch_size, policy, request, kind))
 
 
 def choose_engine(policy: Policy, request: Request, drawer: Drawer) -> type[Engine]:
@@ -185,15 +184,43 @@ def _check_prefixes(prefixes, total: int, vocab: int, constraints: Constraints) 
         )
 
 
-def _batch_size(batch_size: int | None, policy: Policy, request: Request, kind: type[Engine]) -> int:
-    """The batch size asked for, if its keys and values fit, or the largest up to BATCH_SIZE."""
+def _plan(
+    batch_size: int | None, policy: Policy, request: Request, kind: type[Engine], copies: int | None
+) -> tuple[int, bool]:
+    """The batch size, and whether to merge: `copies` are the bytes of it, None not to.
+
+    Merged weights cost a smaller batch where memory is short. A step takes about as long for half the batch,
+    and unmerged weights less than twice as long: below that they are not worth it.
+    """
+    if kind is Engine:
+        policy.kept = None
+    plain = _batch_size(batch_size, policy, request, kind)
+    if copies is None:
+        return plain, False
+    with contextlib.suppress(checks.InputError):
+        size = _batch_size(batch_size, policy, request, kind, copies)
+        if 2 * size >= plain:
+            return size, True
+    have = f"{copies / 2**30:.2f} GiB and keys and values of {plain} sequences"
+    warnings.warn(f"sample: no memory for merged weights ({have}), drawing with unmerged ones", stacklevel=5)
+    return plain, False
+
+
+def _batch_size(
+    batch_size: int | None, policy: Policy, request: Request, kind: type[Engine], copies: int = 0
+) -> int:
+    """The batch size asked for, if its keys and values fit beside so many bytes of merged copies, or the
+    largest up to BATCH_SIZE."""
     total, drafts = len(request.group), request.drafts
+    longest = max(map(len, request.distinct)) + request.constraints.max_length
+    rows = 1 if drafts is None else 1 + drafts.length  # of a trajectory, at a time
     node_bytes = policy.node_bytes + (0 if drafts is None else drafts.source.node_bytes)
 
     def num_bytes(size: int) -> int:
-        return kind.capacity(request, size) * node_bytes
+        gathered = size * rows * longest * policy.path_bytes
+        return kind.capacity(request, size) * node_bytes + gathered
 
-    free = policy.free_bytes() + (0 if policy.kept is None else policy.kept.num_bytes)
+    free = policy.free_bytes() + (0 if policy.kept is None else policy.kept.num_bytes) - copies
     fits = [size for size in (2**i for i in range(1, 10)) if num_bytes(size) <= MEMORY_SHARE * free]
     largest = max(fits, default=1)
     size = min(total, BATCH_SIZE, largest) if batch_size is None else min(batch_size, total)
