@@ -19,10 +19,19 @@ from fastgfn.types import Rollouts
 
 @dataclass(frozen=True, slots=True, order=True)
 class Entry:
-    """One stored sequence; ordered by log R, ties by tokens, so that eviction is reproducible."""
+    """One stored sequence; ordered by log R, ties by tokens, so that eviction is reproducible.
+
+    observed: the places of the tokens that a tool returned.
+    """
 
     log_reward: float
     tokens: tuple[int, ...]
+    observed: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Equal for duplicates: the same tokens, returned by a tool or chosen, are two trajectories."""
+        return self.tokens, self.observed
 
 
 class ReplayBuffer:
@@ -71,7 +80,7 @@ class ReplayBuffer:
         self.tolerance = tolerance
         self.priority = priority
         self._entries: dict[tuple[int, ...], list[Entry]] = {}
-        self._known: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+        self._known: dict[tuple[int, ...], set[tuple]] = {}
 
     def __len__(self) -> int:
         return sum(len(entries) for entries in self._entries.values())
@@ -82,6 +91,7 @@ class ReplayBuffer:
 
     def add(self, rollouts: Rollouts, log_reward: Tensor) -> int:
         """Insert the trajectories with their un-tempered terminal log R, (N,); returns how many were new.
+        What a tool returned stays marked as that.
 
         Raises:
             InputError: log_reward has another shape or a non-finite value.
@@ -96,17 +106,20 @@ class ReplayBuffer:
             "nan or inf",
             "clamp it",
         )
-        drawn = rollouts.is_action is None or int(rollouts.is_action.sum()) == int(rollouts.lengths.sum())
-        fix = "keep tool rollouts out of the buffer, which stores actions"
-        checks.check(drawn, "ReplayBuffer.add", "rollouts", "without tool output", "some", fix)
         keys = [tuple(p.tolist()) for p in rollouts.prompts]
-        rows = zip(rollouts.group.tolist(), rollouts.sequences(), log_reward.tolist(), strict=True)
-        return sum(self._insert(keys[group], Entry(value, tuple(tokens))) for group, tokens, value in rows)
+        rows = zip(
+            rollouts.group.tolist(),
+            rollouts.sequences(),
+            log_reward.tolist(),
+            _observed(rollouts),
+            strict=True,
+        )
+        return sum(self._insert(keys[g], Entry(value, tuple(z), seen)) for g, z, value, seen in rows)
 
     def _insert(self, prompt: tuple[int, ...], entry: Entry) -> bool:
         entries = self._entries.setdefault(prompt, [])
         known = self._known.setdefault(prompt, set())
-        if entry.tokens in known:
+        if entry.key in known:
             return False
         if len(entries) == self.capacity and entry < entries[0]:
             return False
@@ -119,12 +132,12 @@ class ReplayBuffer:
         if len(entries) == self.capacity:
             self._remove(prompt, entries[0])
         bisect.insort(entries, entry)
-        known.add(entry.tokens)
+        known.add(entry.key)
         return True
 
     def _remove(self, prompt: tuple[int, ...], entry: Entry) -> None:
         del self._entries[prompt][bisect.bisect_left(self._entries[prompt], entry)]
-        self._known[prompt].discard(entry.tokens)
+        self._known[prompt].discard(entry.key)
 
     def _is_near(self, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
         cutoff = self.tolerance * (len(a) + len(b))
@@ -135,20 +148,29 @@ class ReplayBuffer:
 
         The result has the prompts and constraints of `rollouts`; its log_behavior is NaN (unknown).
         """
-        tokens, group = [], []
+        stored, group = [], []
         for g, prompt in enumerate(rollouts.prompts):
             entries = self._entries.get(tuple(prompt.tolist()), [])
             chosen = self._choose(entries, min(num_samples, len(entries)), rng)
-            tokens += [entries[i].tokens for i in chosen]
+            stored += [entries[i] for i in chosen]
             group += [g] * len(chosen)
-        if not tokens:
+        if not stored:
             return None
-        lengths = torch.tensor([len(t) for t in tokens])
-        padded = torch.zeros(len(tokens), rollouts.constraints.max_length, dtype=torch.int64)
-        for row, t in zip(padded, tokens, strict=True):
-            row[: len(t)] = torch.tensor(t, dtype=torch.int64)
-        unknown = torch.full((len(tokens),), math.nan)
-        return Rollouts(rollouts.prompts, torch.tensor(group), padded, lengths, unknown, rollouts.constraints)
+        lengths = torch.tensor([len(e.tokens) for e in stored])
+        padded = torch.zeros(len(stored), rollouts.constraints.max_length, dtype=torch.int64)
+        is_action = torch.arange(padded.shape[1]) < lengths[:, None]
+        for n, e in enumerate(stored):
+            padded[n, : len(e.tokens)] = torch.tensor(e.tokens, dtype=torch.int64)
+            is_action[n, list(e.observed)] = False
+        return Rollouts(
+            rollouts.prompts,
+            torch.tensor(group),
+            padded,
+            lengths,
+            torch.full((len(stored),), math.nan),
+            rollouts.constraints,
+            is_action=is_action if any(e.observed for e in stored) else None,
+        )
 
     def _choose(self, entries: list[Entry], size: int, rng: np.random.Generator) -> list[int]:
         """Gumbel top-k: a draw without replacement, proportional to R or uniform."""
@@ -162,7 +184,9 @@ class ReplayBuffer:
     def state(self) -> dict:
         """JSON-ready contents; floats survive exactly."""
         rows = {
-            ",".join(map(str, p)): [[e.log_reward, list(e.tokens)] for e in v]
+            ",".join(map(str, p)): [
+                [e.log_reward, list(e.tokens), *([list(e.observed)] if e.observed else [])] for e in v
+            ]
             for p, v in self._entries.items()
         }
         return {"entries": rows}
@@ -170,7 +194,7 @@ class ReplayBuffer:
     def load_state(self, state: dict) -> None:
         self.restore(
             {
-                tuple(map(int, prompt.split(","))): [Entry(value, tuple(tokens)) for value, tokens in rows]
+                tuple(map(int, prompt.split(","))): [Entry(value, *map(tuple, rest)) for value, *rest in rows]
                 for prompt, rows in state["entries"].items()
             }
         )
@@ -182,4 +206,12 @@ class ReplayBuffer:
     def restore(self, entries: dict[tuple[int, ...], list[Entry]]) -> None:
         """Take over the contents of a `snapshot`."""
         self._entries = entries
-        self._known = {p: {e.tokens for e in rows} for p, rows in self._entries.items()}
+        self._known = {p: {e.key for e in rows} for p, rows in self._entries.items()}
+
+
+def _observed(rollouts: Rollouts) -> list[tuple[int, ...]]:
+    """The places of each trajectory's tokens that a tool returned."""
+    if rollouts.is_action is None:
+        return [()] * rollouts.num_trajectories
+    places = torch.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
+    return [tuple(row.nonzero()[:, 0].tolist()) for row in places & ~rollouts.is_action]

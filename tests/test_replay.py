@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -6,8 +7,15 @@ import pytest
 import torch
 
 from fastgfn.checks import InputError, MissingPackageError
+from fastgfn.config import TrainConfig
+from fastgfn.ops.scan import tree_cumsum
+from fastgfn.packing import pack
 from fastgfn.replay import ReplayBuffer
-from fastgfn.types import Constraints, Rollouts
+from fastgfn.rewards import SequenceReward
+from fastgfn.rollout import sample
+from fastgfn.scoring import score
+from fastgfn.train import Trainer
+from fastgfn.types import Constraints, Role, Rollouts
 
 PROMPT = [1, 2]
 
@@ -118,3 +126,92 @@ def test_refuses_bad_input(monkeypatch):
         MissingPackageError, match=r"rapidfuzz must be installed.*pip install 'fastgfn\[replay\]'"
     ):
         ReplayBuffer(5)
+
+
+def _with_tool(z):
+    """The tool's answer to 5 is [7, 8], cut by max_length."""
+    return [7, 8] if z[-1] == 5 else None
+
+
+def test_tool_rollouts_come_back_with_what_the_tool_returned(tiny_policy):
+    """Same sequences, same masks, same tree: the score of a replayed trajectory is that of the drawn one."""
+    policy = tiny_policy()
+    constraints = Constraints(0, max_length=6, logit_bias=torch.zeros(13).index_fill(0, torch.tensor(5), 3.0))
+    drawn = sample(
+        [PROMPT, [3]], policy=policy, constraints=constraints, num_samples=12, tool=lambda i, z: _with_tool(z)
+    )
+    assert int(drawn.action_mask().sum()) < int(drawn.lengths.sum())
+    buffer = ReplayBuffer(50, duplicates="exact")
+    added = buffer.add(drawn, torch.arange(24.0))
+    buffer.load_state(json.loads(json.dumps(buffer.state())))
+    assert buffer.add(drawn, torch.arange(24.0)) == 0
+    replayed = buffer.sample(drawn, 50, np.random.default_rng(0))
+    assert replayed.num_trajectories == added < 24
+
+    def found(rollouts):
+        log_probs = score(tree := pack(rollouts), policy=policy)
+        log_q = (tree_cumsum(log_probs.log_pf, tree.parent) + log_probs.log_pterm)[tree.leaf].tolist()
+        rows = zip(
+            rollouts.group.tolist(), rollouts.sequences(), rollouts.action_mask().tolist(), strict=True
+        )
+        return {(g, *z, *(m[: len(z)])): q for (g, z, m), q in zip(rows, log_q, strict=True)}
+
+    got, want = found(replayed), found(drawn)
+    assert got.keys() == want.keys()
+    assert got == {key: pytest.approx(value, abs=1e-9) for key, value in want.items()}
+    both = pack(drawn.extended(replayed))
+    assert both.num_nodes == pack(drawn).num_nodes and int((both.role == Role.OBSERVATION).sum()) > 0
+
+
+@pytest.mark.parametrize("duplicates", ["near", "exact"])
+def test_chosen_and_returned_tokens_are_different_trajectories(duplicates):
+    buffer = ReplayBuffer(5, duplicates=duplicates, tolerance=0.0)
+    rollouts = _rollouts([[5, 7], [5, 7], [5, 7]])
+    mask = torch.tensor([[True, False], [True, True], [True, False]])
+    rollouts = dataclasses.replace(rollouts, is_action=mask)
+    assert buffer.add(rollouts, torch.tensor([-1.0, -2.0, -3.0])) == 2
+    assert [(e.log_reward, e.observed) for e in buffer.entries(PROMPT)] == [(-2.0, ()), (-1.0, (1,))]
+    got = buffer.sample(rollouts, 5, np.random.default_rng(0))
+    assert got.action_mask().tolist() == [[True, True], [True, False]]
+    # without tool output nothing is said of it, and the state is as it always was
+    plain = ReplayBuffer(5, duplicates="exact")
+    _add(plain, [[5, 7]], [-1.0])
+    assert plain.sample(rollouts, 5, np.random.default_rng(0)).is_action is None
+    assert plain.state() == {"entries": {"1,2": [[-1.0, [5, 7]]]}}
+
+
+def test_a_trainer_of_tool_rollouts_replays_them(tiny_policy, monkeypatch):
+    """Its trees have observations, which are no actions: no gradient, no drift, no part in log q."""
+    trees = []
+
+    def drawn(*args, **options):
+        return sample(*args, tool=lambda i, z: _with_tool(z), **options)
+
+    def packed(rollouts, **options):
+        trees.append((rollouts, pack(rollouts, **options)))
+        return trees[-1][1]
+
+    monkeypatch.setattr("fastgfn.train.sample", drawn)
+    monkeypatch.setattr("fastgfn.train.pack", packed)
+    policy = tiny_policy(dtype=torch.float32)
+    bias = torch.zeros(13).index_fill(0, torch.tensor(5), 3.0)
+    config = TrainConfig(
+        num_samples=6, replay_samples=4, replay_duplicates="exact", tempered_share=(0.0, 0.0)
+    )
+    reward = SequenceReward(lambda zs: [-0.5 * len(z) for z in zs])
+    trainer = Trainer(
+        policy, prompts=[PROMPT], reward=reward, constraints=Constraints(0, max_length=6, logit_bias=bias),
+        config=config,
+    )  # fmt: skip
+    for _ in range(3):
+        assert trainer.step()["drift"] < 1e-5
+    for step, (rollouts, tree) in enumerate(trees):
+        assert rollouts.num_trajectories == 6 + 4 * (step > 0)
+        seen = tree.role == Role.OBSERVATION
+        assert bool(seen.any()) and bool((score(tree, policy=policy).log_pf[seen] == 0).all())
+        for z, mask in zip(rollouts.sequences(), rollouts.action_mask().tolist(), strict=True):
+            want = []
+            while len(want) < len(z):
+                answer = _with_tool(z[: len(want) + 1]) or []
+                want += [True] + [False] * min(len(answer), len(z) - len(want) - 1)
+            assert mask[: len(z)] == want and not any(mask[len(z) :])
