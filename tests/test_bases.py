@@ -1,5 +1,7 @@
 """Bases other than frozen floating-point weights: full fine-tuning, and quantised linear layers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from family_models import make_model, make_policy, path_to
@@ -170,3 +172,37 @@ def test_an_adapted_head_is_refused(option):
         InputError, match="the output head must be a plain linear layer, got .*target_modules"
     ):
         Policy(model)
+
+
+class Repacking(Linear4bit):
+    """As bitsandbytes does on a CPU with AVX512-BF16: the first pass in eval() packs the weight for products
+    without gradient."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        self.support_avx512bf16_for_cpu = True
+        self.weight.quant_state = SimpleNamespace(packing_format_for_cpu=False)
+
+    def forward(self, x):
+        state = self.weight.quant_state
+        if self.support_avx512bf16_for_cpu and not self.training and not x.requires_grad:
+            state.packing_format_for_cpu = True
+        return super().forward(x.detach() if state.packing_format_for_cpu else x)
+
+
+def test_a_quantised_base_keeps_the_layout_that_has_gradients(monkeypatch):
+    monkeypatch.setitem(globals(), "Linear4bit", Repacking)
+    models = [make_model("llama", "fastgfn", torch.float32) for _ in range(3)]
+    layers = [quantise(model) for model in models]
+    for layer in layers[1]:
+        layer.support_avx512bf16_for_cpu = False
+    found = []
+    for model in models[:2]:
+        policy = with_adapter(model)
+        tree = pack(sample(PROMPTS, policy=policy, constraints=CONSTRAINTS, num_samples=5, seed=2))
+        loss = score(tree, policy=policy).log_pf.sum()
+        found.append(torch.autograd.grad(loss, [p for _, p in policy.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    layers[2][3].eval()(torch.zeros(1, layers[2][3].in_features))
+    with pytest.raises(InputError, match="must be as it was loaded, got 4-bit weights packed for inference"):
+        with_adapter(models[2])

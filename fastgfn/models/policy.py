@@ -18,6 +18,7 @@ from fastgfn.models.linear import Linear, merged_bytes, take_over
 from fastgfn.models.log_probs import paired_log_probs, tree_log_probs
 from fastgfn.models.mlp import GatedMLP, take_over_mlps
 from fastgfn.models.probe import probe, refuse_local_attention
+from fastgfn.models.quantised import keep_gradients
 from fastgfn.ops.attention import TreeMask
 from fastgfn.types import LogProbs, TokenTree
 
@@ -64,6 +65,7 @@ class Policy:
             softcap=getattr(self.config, "final_logit_softcapping", None),
         )
         _refuse_dropout(model)
+        keep_gradients(model)
         self._takes_function = causal._can_set_attn_implementation()
         refuse_local_attention(self.config, self._takes_function)
         self._linear = take_over(self._backbone)
