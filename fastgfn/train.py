@@ -278,8 +278,10 @@ class Trainer:
         }
 
     def _same_run(self, state: dict) -> None:
+        # a run from before a setting existed had what is now its default
+        run = json.loads(json.dumps(TrainConfig().to_dict())) | state["run"]
         for key, value in json.loads(json.dumps(self._describe())).items():
-            saved = state["run"].get(key)
+            saved = run.get(key)
             fix = "resume with the settings the run was started with"
             checks.check(saved == value, "Trainer.resume", key, _short(saved), _short(value), fix)
 

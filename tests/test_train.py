@@ -4,7 +4,7 @@ from itertools import product
 import pytest
 import torch
 
-from fastgfn.checkpoint import checkpoints
+from fastgfn.checkpoint import checkpoints, read_state
 from fastgfn.checks import InputError
 from fastgfn.config import TrainConfig
 from fastgfn.evaluate import divergence, sequence_log_probs
@@ -133,6 +133,20 @@ def test_resume_refuses_other_settings(tiny_policy, tmp_path):
         )
     with pytest.raises(InputError, match="trainable tensors must be"):
         _trainer(tiny_policy(dtype=torch.float32, rank=2), steps=2).resume(tmp_path)
+
+
+def test_a_run_from_before_a_setting_resumes_with_its_default(tiny_policy, tmp_path, monkeypatch):
+    _trainer(tiny_policy(dtype=torch.float32), steps=2).fit(tmp_path)
+
+    def older(path):
+        state = read_state(path)
+        del state["run"]["objective"], state["run"]["tempered_share"]
+        return state
+
+    monkeypatch.setattr("fastgfn.train.read_state", older)
+    assert _trainer(tiny_policy(dtype=torch.float32), steps=2).resume(tmp_path) == 2
+    with pytest.raises(InputError, match="objective must be 'modified_subtb', got 'vargrad'"):
+        _trainer(tiny_policy(dtype=torch.float32), steps=2, objective="vargrad").resume(tmp_path)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_policy, tmp_path):
