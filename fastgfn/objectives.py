@@ -78,7 +78,7 @@ def modified_subtb_loss(
         weights = None
     _check_inputs(name, tree, log_reward, coefficients, weights)
     log_reward = log_reward.to(log_probs.log_pf.dtype)
-    estimate = group_mean(log_ratio(log_probs, tree, log_reward), tree)
+    estimate = group_mean(log_ratio(log_probs, tree, log_reward), tree).to(log_reward)
     log_flow = log_reward - log_probs.log_pterm
     if tree.constraints.min_length > 0:
         root_value = estimate if log_z is None else log_z
