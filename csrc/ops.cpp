@@ -28,7 +28,7 @@ TORCH_LIBRARY(fastgfn, m) {
   m.def("philox4x32(Tensor counter, int seed) -> Tensor");
   m.def(
       "path_attention(Tensor query, Tensor keys, Tensor values, Tensor path, Tensor length, float scale, "
-      "float softcap, int window) -> Tensor");
+      "float softcap, int window, Tensor? tiles=None, Tensor? depth=None) -> Tensor");
   m.def(
       "head_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? logit_bias, Tensor rows, "
       "Tensor columns, float scale, float softcap, bool want_grad) -> (Tensor logits, Tensor slope, Tensor peak, "

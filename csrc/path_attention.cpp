@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -161,7 +162,7 @@ void attend(const Rows<scalar_t>& rows, int64_t begin, int64_t end) {
 }
 
 void check_arguments(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& path,
-                     const Tensor& length) {
+                     const Tensor& length, const std::optional<Tensor>& tiles, const std::optional<Tensor>& depth) {
   FASTGFN_CHECK_DIM(query, 3, kName, "pass (n, H, d)");
   FASTGFN_CHECK_DIM(keys, 3, kName, "pass (C, Hkv, d)");
   FASTGFN_CHECK_DIM(path, 2, kName, "pass (n, W)");
@@ -176,12 +177,50 @@ void check_arguments(const Tensor& query, const Tensor& keys, const Tensor& valu
   FASTGFN_CHECK_DTYPE(length, at::kLong, kName, "cast it to int64");
   FASTGFN_CHECK(path.size(0) == query.size(0) && length.dim() == 1 && length.size(0) == query.size(0), kName,
                 "path and length", "one row per query", path.sizes(), "pass (n, W) and (n,)");
+  FASTGFN_CHECK(tiles.has_value() == depth.has_value(), kName, "tiles and depth", "both or neither", "one",
+                "pass SharedPrompts");
+  if (!tiles) return;
+  FASTGFN_CHECK(tiles->scalar_type() == at::kInt && tiles->dim() == 2, kName, "tiles", "(T, R) int32",
+                tiles->sizes(), "pass SharedPrompts");
+  FASTGFN_CHECK(depth->scalar_type() == at::kLong && depth->sizes() == length.sizes(), kName, "depth", "(n,) int64",
+                depth->sizes(), "pass SharedPrompts");
+}
+
+// Tiles (T, R): rows that begin with the same nodes, as many as `depth` (n,) says, then -1. They tell a GPU what to
+// read once; a row reads it from a cache here.
+void check_tiles(const Tensor& tiles_in, const Tensor& depth_in, const Tensor& path, const Tensor& length) {
+  const Tensor tiles = tiles_in.contiguous(), depth = depth_in.contiguous();
+  const int64_t n = path.size(0), width = path.size(1), columns = tiles.size(1);
+  const int64_t *depths = depth.const_data_ptr<int64_t>(), *lengths = length.const_data_ptr<int64_t>();
+  const int32_t *rows = tiles.const_data_ptr<int32_t>(), *nodes = path.const_data_ptr<int32_t>();
+  std::vector<bool> is_in_tile(n);
+  for (int64_t t = 0; t < tiles.size(0); ++t) {
+    const int64_t first = columns > 0 ? rows[t * columns] : -1;
+    bool is_over = false;
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t row = rows[t * columns + c];
+      is_over = is_over || row == -1;
+      FASTGFN_CHECK(is_over ? row == -1 : row >= 0 && row < n && !is_in_tile[row], kName, "tiles",
+                    "rows, each once, then -1", row, "list every row in one tile at most");
+      if (is_over) continue;
+      is_in_tile[row] = true;
+      FASTGFN_CHECK(depths[row] >= 1 && depths[row] <= lengths[row] && depths[row] == depths[first], kName, "depth",
+                    "in [1, length], one number for the rows of a tile", depths[row], "count the shared nodes");
+      FASTGFN_CHECK(std::equal(nodes + row * width, nodes + row * width + depths[row], nodes + first * width), kName,
+                    "tiles", "rows whose first depth nodes are the same", row, "give other prompts other tiles");
+    }
+  }
+  for (int64_t r = 0; r < n; ++r) {
+    FASTGFN_CHECK(is_in_tile[r] || depths[r] == 0, kName, "depth", "0 for a row of no tile", depths[r],
+                  "list the row in a tile");
+  }
 }
 
 // (n, H, d) from queries (n, H, d), pools (C, Hkv, d), path (n, W) and length (n,) in [1, W].
 Tensor path_attention(const Tensor& query_in, const Tensor& keys, const Tensor& values, const Tensor& path_in,
-                      const Tensor& length_in, double scale, double softcap, int64_t window) {
-  check_arguments(query_in, keys, values, path_in, length_in);
+                      const Tensor& length_in, double scale, double softcap, int64_t window,
+                      const std::optional<Tensor>& tiles, const std::optional<Tensor>& depth) {
+  check_arguments(query_in, keys, values, path_in, length_in, tiles, depth);
   const Tensor query = query_in.contiguous(), path = path_in.contiguous(), length = length_in.contiguous();
   const int64_t n = query.size(0), capacity = keys.size(0);
   const int32_t* nodes = path.const_data_ptr<int32_t>();
@@ -193,6 +232,7 @@ Tensor path_attention(const Tensor& query_in, const Tensor& keys, const Tensor& 
       FASTGFN_CHECK(node >= 0 && node < capacity, kName, "path", "nodes of the pool", node, "pass their numbers");
     }
   }
+  if (tiles) check_tiles(*tiles, *depth, path, length);
   Tensor out = at::empty_like(query);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, query.scalar_type(), kName, [&] {
     const Rows<scalar_t> rows{query.const_data_ptr<scalar_t>(), keys.const_data_ptr<scalar_t>(),

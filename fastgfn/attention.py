@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from fastgfn import checks
 from fastgfn.ops.attention import TreeMask, tree_attention
-from fastgfn.ops.path_attention import path_attention
+from fastgfn.ops.path_attention import SharedPrompts, path_attention
 
 NAME = "fastgfn"
 
@@ -62,18 +62,20 @@ class PathAttention:
     nodes: Tensor  # (n,) int64
     path: Tensor  # (n, W) int32
     length: Tensor  # (n,) int64
+    shared: SharedPrompts | None = None
 
     def __call__(self, layer, query, key, value, **options):
         self.write(layer, key[0], value[0])
         return self.attend(layer, query[0].transpose(0, 1), **options)[None]
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keys and values (Hkv, n, d) of the rows."""
+        """Keys and values (Hkv, n, d) of the step's nodes."""
         self.kv.write(layer, self.nodes, key, value)
 
     def attend(self, layer: int, query: Tensor, **options) -> Tensor:
-        """(n, H, d) of queries (n, H, d), once the keys and values of the rows are written."""
-        return path_attention(query, *self.kv.layers[layer], self.path, self.length, **options)
+        """(n, H, d) for queries of the same shape, once their keys and values are written."""
+        pool = self.kv.layers[layer]
+        return path_attention(query, *pool, self.path, self.length, shared=self.shared, **options)
 
 
 def _forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

@@ -159,6 +159,34 @@ def rope_variants():
                 }
 
 
+PATHS_HALF = ("query_ptr", "keys_ptr", "values_ptr", "out_ptr")
+PATHS = dict.fromkeys(PATHS_HALF, "*bf16") | {
+    "path_ptr": "*i32",
+    "length_ptr": "*i64",
+    "tiles_ptr": "*i32",
+    "depth_ptr": "*i64",
+    "pre_scale": "fp32",
+    "softcap": "fp32",
+}
+
+
+def shared_variants():
+    """Every tile of the table in every number of lines, and with all options where there are most."""
+    for itemsize, table in path_attention.SHARED_TILES.items():
+        for width in table:
+            for group in (1, 3, 4, 8):
+                constants = path_attention.shared_constants(256, 16, 8, group, width, 230, itemsize)
+                for on in (False, True) if group == 8 else (False,):
+                    yield constants | {
+                        "HAS_SOFTCAP": on,
+                        "HAS_WINDOW": on,
+                        "IS_INTERPRETED": False,
+                        "PRECISION": {2: "ieee", 4: "tf32x3"}[itemsize],
+                        "TYPES": {} if itemsize == 2 else dict.fromkeys(PATHS_HALF, "*fp32"),
+                        "ALIGNED": "all",
+                    }
+
+
 def tile(blocks, precision="ieee"):
     rows, vocab, width, num_warps, num_stages = blocks
     sizes = {"BLOCK_R": rows, "BLOCK_V": vocab, "BLOCK_D": width, "PRECISION": precision, "WIDTH": 2048}
@@ -231,16 +259,17 @@ KERNELS = {
     "tree_attention_backward._tree_attention_grad_kv_kernel": (HALF_KINDS, HALF["grad_kv"], None),
     "tree_attention_backward._tree_attention_grad_q_kernel": (HALF_KINDS, HALF["grad_q"], None),
     "path_attention._path_attention_fwd_kernel": (
-        dict.fromkeys(("query_ptr", "keys_ptr", "values_ptr", "out_ptr"), "*bf16")
-        | {"path_ptr": "*i32", "length_ptr": "*i64", "pre_scale": "fp32", "softcap": "fp32"},
+        PATHS,
         tuple(
             {"HAS_SOFTCAP": softcap, "IS_INTERPRETED": False, "PRECISION": "ieee", "GROUP": group}
             | {"WIDTH": width, "BLOCK_H": 16, "BLOCK_D": width, "BLOCK_N": path_attention.TILE[0]}
-            | {"ALIGNED": "all"}
+            | {"HAS_SHARED": shared, "NUM_SPLITS": 2, "SHARED_N": 64, "ALIGNED": "all"}
             for width, group, softcap in ((64, 3, False), (128, 4, True), (256, 2, True))
+            for shared in (False, True)
         ),
         path_attention.TILE[1],
     ),
+    "path_attention._shared_prompts_fwd_kernel": (PATHS, tuple(shared_variants()), None),
     "sample_next._draw_from_logits_kernel": (DRAWS, (LOGIT_TILES,), 8),
     "sample_next._draw_combine_kernel": (
         DRAWS,

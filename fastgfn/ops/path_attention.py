@@ -5,11 +5,23 @@ nodes, so nothing is copied when samples part, and a node that no sample needs a
 csrc/path_attention.cpp. CUDA: Triton, kernels/path_attention.py.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 import fastgfn._C  # noqa: F401
 from fastgfn import checks
+
+
+class SharedPrompts(NamedTuple):
+    """Rows that begin with the same nodes, so that a GPU reads these once per tile of rows.
+
+    CUDA graphs may hold the tensors: empty tiles cost next to nothing.
+    """
+
+    tiles: Tensor  # (T, R) int32, rows with one prompt, each row in one tile at most, then -1
+    depth: Tensor  # (n,) int64, nodes of the prompt that row n shares with its tile, 0 of a row in none
 
 
 def path_attention(
@@ -22,30 +34,38 @@ def path_attention(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    shared: SharedPrompts | None = None,
 ) -> Tensor:
     """(n, H, d): query n attends to the nodes path[n, :length[n]], root first, itself last; no gradient.
 
-    window: only the last `window` nodes. Sums in float32, in float64 for such inputs, which CUDA refuses; the
-    bits of a row do not depend on the others. On CUDA lengths and nodes are not checked.
+    window: only the last `window` nodes. shared: what to read once; the result is the same within rounding.
+    Sums in float32, in float64 for such inputs, which CUDA refuses; the bits of a row do not depend on the
+    others, on CUDA of a row in no tile. On CUDA lengths, nodes and tiles are not checked.
     """
+    softcap = 0.0 if softcap is None else softcap
+    tiles, depth = (None, None) if shared is None else shared
     return torch.ops.fastgfn.path_attention(
-        query, keys, values, path, length, scale, 0.0 if softcap is None else softcap, window or 0
+        query, keys, values, path, length, scale, softcap, window or 0, tiles, depth
     )
 
 
-def path_attention_triton(query, keys, values, path, length, scale, softcap, window):
+def path_attention_triton(query, keys, values, path, length, scale, softcap, window, tiles=None, depth=None):
     from fastgfn.kernels import path_attention as kernels
 
     if query.dtype == torch.float64:
         have, fix = query.dtype, "cast the model to float32"
         checks.fail("path_attention", "query", "below float64 on CUDA", have, fix, kind=checks.InputTypeError)
     query, path = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, path))
-    return kernels.path_attention(query, keys, values, path, length.contiguous(), scale, softcap, window)
+    if tiles is not None:
+        tiles, depth = tiles.contiguous(), depth.contiguous()
+    return kernels.path_attention(
+        query, keys, values, path, length.contiguous(), scale, softcap, window, tiles, depth
+    )
 
 
 torch.library.impl("fastgfn::path_attention", "cuda", path_attention_triton)
 
 
 @torch.library.register_fake("fastgfn::path_attention")
-def _(query, keys, values, path, length, scale, softcap, window):
+def _(query, keys, values, path, length, scale, softcap, window, tiles=None, depth=None):
     return query.new_empty(query.shape)

@@ -22,17 +22,19 @@ class Workspace:
     `Workspace.of` returns the one that a policy kept if it fits, with its graphs.
     """
 
-    def __init__(self, policy: Policy, drawer: Drawer, size: int, capacity: int, width: int) -> None:
+    def __init__(
+        self, policy: Policy, drawer: Drawer, size: int, capacity: int, width: int, num_tiles: int = 0
+    ) -> None:
         self.policy = policy
         self.key = self.key_of(policy, drawer, size)
-        self.size, self.capacity, self.width = size, capacity, width
+        self.size, self.capacity, self.width, self.num_tiles = size, capacity, width, num_tiles
         self.kv = KeyValues(capacity)
         self.drawer = copy.copy(drawer)
         if drawer.logit_bias is not None:
             self.drawer.logit_bias = drawer.logit_bias.clone()
         self.seed = torch.full((1,), drawer.seed, dtype=torch.int64, device=policy.device)
         self.slots: Slots | None = None
-        self.steps = Steps(step_of(policy, self.drawer, self.kv, self.seed), policy.device)
+        self.steps = Steps(step_of(policy, self.drawer, self.kv, self.seed, num_tiles), policy.device)
 
     @staticmethod
     def key_of(policy: Policy, drawer: Drawer, size: int) -> tuple:
@@ -43,17 +45,20 @@ class Workspace:
         return size, numbers, bias, is_debug(), policy.addresses()
 
     @classmethod
-    def of(cls, policy: Policy, drawer: Drawer, size: int, capacity: int, width: int) -> "Workspace":
-        """`capacity` nodes or more, paths of `width` or more."""
+    def of(
+        cls, policy: Policy, drawer: Drawer, size: int, capacity: int, width: int, num_tiles: int = 0
+    ) -> "Workspace":
+        """`capacity` nodes or more, paths of `width` or more, as many tiles of `step_of` or more."""
         kept, policy.kept = policy.kept, None
         if isinstance(kept, cls) and kept.key == cls.key_of(policy, drawer, size):
-            if kept.capacity >= capacity and kept.width >= width:
+            has, wanted = (kept.capacity, kept.width, kept.num_tiles), (capacity, width, num_tiles)
+            if all(map(int.__ge__, has, wanted)):
                 kept._renew(drawer)
                 return kept
             # Prompts vary: soon all fit.
-            capacity, width = max(capacity, kept.capacity), max(width, kept.width)
+            capacity, width, num_tiles = map(max, has, wanted)
         kept = None  # free before the next is made
-        return cls(policy, drawer, size, capacity, -(-width // WIDTHS) * WIDTHS)
+        return cls(policy, drawer, size, capacity, -(-width // WIDTHS) * WIDTHS, num_tiles)
 
     def _renew(self, drawer: Drawer) -> None:
         self.seed.fill_(drawer.seed)

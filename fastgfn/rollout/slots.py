@@ -13,7 +13,13 @@ from torch import Tensor
 
 from fastgfn.attention import KeyValues, PathAttention
 from fastgfn.models import Policy
+from fastgfn.ops.path_attention import SharedPrompts
 from fastgfn.rollout.draws import Drawer
+
+# Slots that read their prompt together, and nodes of a prompt below which that costs what it saves: the sums
+# of two slots are written and read in as many bytes (kernels/path_attention.py).
+TILE_ROWS = 16
+LEAST_SHARED = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,8 @@ class Slots:
     finished: Tensor  # (S,) bool, True of an empty slot
     bad_hidden: Tensor  # (S,) bool, ran into a hidden state that is not finite
     bad_draw: Tensor  # (S,) bool, had no token left
+    tiles: Tensor  # (S, R) int32, slots of one prompt, then -1; at most the first S / 2 tiles are not empty
+    shared: Tensor  # (S,) int64, nodes that a slot reads with its tile
 
     @staticmethod
     def empty(size: int, width: int, max_length: int, like: Tensor) -> "Slots":
@@ -61,6 +69,8 @@ class Slots:
             finished=~zeros(dtype=torch.bool),
             bad_hidden=zeros(dtype=torch.bool),
             bad_draw=zeros(dtype=torch.bool),
+            tiles=zeros(TILE_ROWS, dtype=torch.int32) - 1,
+            shared=zeros(),
         )
 
     def __len__(self) -> int:
@@ -105,10 +115,16 @@ class Slots:
         self.log_pterm.index_fill_(0, at, torch.nan)
 
     def move(self, at: Tensor) -> None:
-        """Put slots `at` (K,) first, in this order. The nodes stay where they are: the paths lead there."""
+        """Put slots `at` (K,) first, in this order. The nodes stay where they are: the paths lead there.
+        What they share is to be said again."""
         for f in fields(self):
             whole = getattr(self, f.name)
             whole[: len(at)].copy_(whole.index_select(0, at))
+
+    def share(self, tiles: Tensor, shared: Tensor) -> None:
+        """From now on these slots read their prompts together, as `tiles_of` says."""
+        self.tiles.copy_(tiles)
+        self.shared.copy_(shared)
 
     def flags(self) -> Tensor:
         """(3, S) bool: finished, bad_hidden, bad_draw."""
@@ -121,17 +137,45 @@ class Slots:
         return tuple(x.index_select(0, at) for x in (*whole, self.log_pf[:, :-1], self.log_pterm[:, :-1]))
 
 
-def step_of(policy: Policy, drawer: Drawer, kv: KeyValues, seed: Tensor) -> Callable[[Slots], None]:
+def tiles_of(prompt: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+    """On the host: tiles (S, R) int32 and shared nodes (S,) int64 of slots with these prompts (S,), -1 for
+    none, of `depth` (S,) nodes. Tiles of one prompt differ by one slot at most, so none has one slot."""
+    tiles = torch.full((len(prompt), TILE_ROWS), -1, dtype=torch.int32)
+    shared, count = torch.zeros_like(depth), 0
+    for one in prompt[(prompt >= 0) & (depth >= LEAST_SHARED)].unique().tolist():
+        rows = (prompt == one).nonzero()[:, 0]
+        if len(rows) == 1:
+            continue
+        shared[rows] = depth[rows]
+        for part in rows.tensor_split(-(-len(rows) // TILE_ROWS)):
+            tiles[count, : len(part)] = part.int()
+            count += 1
+    return tiles, shared
+
+
+def most_tiles(count: Tensor, depth: Tensor, size: int) -> int:
+    """Tiles that any `size` slots may have, for `count` (G,) trajectories below prompts of `depth` (G,)."""
+    count = count.clamp(max=size)[(count > 1) & (depth >= LEAST_SHARED)]
+    return min(int((count / TILE_ROWS).ceil().sum()), size // 2)
+
+
+def step_of(
+    policy: Policy, drawer: Drawer, kv: KeyValues, seed: Tensor, num_tiles: int = 0
+) -> Callable[[Slots], None]:
     """The step over some slots: draws from their hidden states, notes the draws, computes the next states.
 
-    seed: (1,) int64 on the device, in the place of the drawer's.
+    seed: (1,) int64 on the device, in the place of the drawer's. num_tiles: most tiles of slots that read
+    their prompt together, 0 where none do.
     """
 
     def step(slots: Slots) -> None:
         token = _draw(slots, drawer, seed)
         last = (slots.lengths - 1).clamp(min=0)
         length = slots.depth + last + 1
-        attention = PathAttention(kv, slots.first + last, slots.path, length)
+        # every tile has two slots or more
+        tiles = slots.tiles[: min(num_tiles, len(slots) // 2)]
+        shared = SharedPrompts(tiles, slots.shared) if len(tiles) else None
+        attention = PathAttention(kv, slots.first + last, slots.path, length, shared)
         slots.hidden.copy_(policy.hidden(token, length - 1, attention))
 
     return step

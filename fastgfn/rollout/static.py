@@ -2,7 +2,8 @@
 
 The host queues steps, as replays of a CUDA graph, and looks at flags that are a few steps old: it fetches
 finished trajectories and fills their slots with waiting ones while the GPU works. Prompts are computed once
-and shared, as in `Engine`; rows are not, because to find equal rows is to read every token.
+and shared, as in `Engine`, and long ones are read once for all their slots; rows are not shared, because to
+find equal rows is to read every token.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from fastgfn.rollout.draws import Drawer, check_drawn, check_finite
 from fastgfn.rollout.engine import REFILL_SHARE, Engine, Request, prompt_nodes
 from fastgfn.rollout.graphs import Workspace
 from fastgfn.rollout.nodes import NodePool
-from fastgfn.rollout.slots import Slots
+from fastgfn.rollout.slots import Slots, most_tiles, tiles_of
 from fastgfn.types import Rollouts
 
 # Steps between two looks, while trajectories wait; half of it after that.
@@ -58,6 +59,7 @@ class StaticEngine(Engine):
         self.running: Slots | None = None  # the first `size` of its slots
         self.holds = torch.full((self.size,), -1)  # trajectory in each slot
         self.age = torch.zeros(self.size, dtype=torch.int64)  # steps since it began
+        self.depth = torch.tensor([len(p) for p in self.request.distinct])  # nodes of each prompt
         self.fetched: list[tuple[Tensor, HostCopy]] = []
         self.resident = {}
         self.waiting = (~self.trajectories.finished).nonzero()[:, 0]
@@ -110,14 +112,25 @@ class StaticEngine(Engine):
         self.running.fill(at_device, hidden, path, depth, trajectory, temperature)
         self.holds[at] = new
         self.age[at] = 0
+        self._share()
 
     def _open(self) -> None:
         """Take the workspace, once the weights are merged."""
         if self.workspace is None:
             capacity = self.capacity(self.request, self.batch_size)
-            width = max(map(len, self.request.distinct)) + self.max_length
-            self.workspace = Workspace.of(self.policy, self.drawer, self.size, capacity, width)
+            width = int(self.depth.max()) + self.max_length
+            count = self.request.prompt_of_group[self.request.group].bincount(minlength=len(self.depth))
+            tiles = most_tiles(count, self.depth, self.batch_size)
+            self.workspace = Workspace.of(self.policy, self.drawer, self.size, capacity, width, tiles)
             self.kv, self.width = self.workspace.kv, self.workspace.width
+
+    def _share(self) -> None:
+        """Say which slots read their prompt together. Those that finish later are of no use, and may stay."""
+        if self.workspace.num_tiles == 0:
+            return
+        prompt = torch.where(self.holds >= 0, self._prompts_of(self.holds.clamp(min=0)), -1)
+        tiles, shared = tiles_of(prompt, self.depth[prompt])
+        self.running.share(self._on_device(tiles), self._on_device(shared))
 
     def _next(self) -> Tensor:
         """Trajectories that there is room for. A prefill waits until it fills some share of the batch."""
@@ -181,6 +194,7 @@ class StaticEngine(Engine):
         self.running.move(self._on_device(at))
         self.running, self.size = self.running.start(size), size
         self.holds, self.age = self.holds[at], self.age[at]
+        self._share()
         self.num_moves += 1
 
 
