@@ -7,7 +7,7 @@ import torch
 from rollout_cases import static_engine
 
 from fastgfn.models.shapes import random_policy
-from fastgfn.rollout import engine, graphs, sample, sampling, static
+from fastgfn.rollout import engine, graphs, sample, sampling, slots, static
 from fastgfn.rollout.graphs import Steps
 from fastgfn.types import Constraints
 
@@ -171,6 +171,26 @@ def test_larger_prompts_need_new_memory(tiny_policy, by_graphs, first, second):
         policy.kept = kept
 
 
+def test_more_tiles_need_another_graph(tiny_policy, by_graphs, monkeypatch):
+    """Fewer do not, nor do tables of other slots."""
+    monkeypatch.setattr(slots, "LEAST_SHARED", 2)
+    policy = tiny_policy()
+    for prompts, captures, tiles in (
+        ([[1], [2]], 1, 0),
+        ([[1, 2], [2]], 1, 1),
+        ([[1], [2, 3]], 0, 1),
+        ([[1, 2], [2, 3]], 1, 2),
+        ([[3, 4], [3, 4]], 0, 2),
+        ([[1], [2]], 0, 2),
+    ):
+        options = dict(policy=policy, constraints=Constraints(0, 1, 8), num_samples=8)
+        got, count = by_graphs(prompts, **options)
+        kept = policy.kept
+        assert count == captures and kept.num_tiles == tiles
+        assert_same(got, sample(prompts, **options))
+        policy.kept = kept
+
+
 def test_slots_that_moved_are_in_order_again(tiny_policy, by_graphs, monkeypatch):
     monkeypatch.setattr(static, "LEAST_MOVED", 1)
     monkeypatch.setattr(static.StaticEngine.__init__, "__defaults__", (1,))
@@ -243,11 +263,12 @@ def test_merged_copies_stay_where_they_are_and_never_are_the_weights(tiny_policy
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("times", [1, 40], ids=["short", "shared"])
 @pytest.mark.parametrize("batch_size", [5, 16, None])
-def test_replayed_steps_draw_as_the_other_engine(monkeypatch, batch_size):
+def test_replayed_steps_draw_as_the_other_engine(monkeypatch, batch_size, times):
     """Through refills, moves and several buckets; a graph is captured once for each."""
     policy = random_policy("tiny", device="cuda")
-    prompts = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 4, 6]]
+    prompts = [p * times for p in ([1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 4, 6])]
     bias = torch.zeros(512).index_fill_(0, torch.tensor([0]), 4.0)
     options = dict(policy=policy, constraints=Constraints(0, 1, 40, logit_bias=bias), num_samples=16)
     made, captured = [], []
@@ -263,6 +284,7 @@ def test_replayed_steps_draw_as_the_other_engine(monkeypatch, batch_size):
     got = sample(prompts, batch_size=batch_size, **options)
     sizes = [len(slots) for _, slots in captured]
     assert len(sizes) == len(set(sizes)) >= 1 and (batch_size is not None or made[0].num_moves)
+    assert (made[0].workspace.num_tiles > 0) == (times > 1)
     monkeypatch.setattr(sampling, "choose_engine", lambda *args: engine.Engine)
     want = sample(prompts, batch_size=batch_size, **options)
     assert got.sequences() == want.sequences()

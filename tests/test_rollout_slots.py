@@ -12,8 +12,9 @@ from fastgfn.checks import InputError
 from fastgfn.functional import values
 from fastgfn.models.probe import HostReads
 from fastgfn.rollout import SamplingOptions
+from fastgfn.rollout import slots as module
 from fastgfn.rollout.draws import Drawer
-from fastgfn.rollout.slots import Slots, step_of
+from fastgfn.rollout.slots import TILE_ROWS, Slots, most_tiles, step_of, tiles_of
 from fastgfn.types import Constraints
 
 
@@ -44,6 +45,7 @@ def test_no_slot_writes_to_nodes_of_others(tiny_policy):
 
 def test_a_step_reads_no_value(tiny_policy, monkeypatch):
     """As on CUDA, where the checks that read values are off."""
+    monkeypatch.setattr(module, "LEAST_SHARED", 2)
     monkeypatch.setattr(values, "are_read", lambda tensor: False)
     constraints = Constraints(0, 1, 7, logit_bias=torch.zeros(13))
     made = static_engine(tiny_policy(), constraints, [[1, 2], [3, 4, 5]], 4, batch_size=7)
@@ -67,7 +69,8 @@ def test_a_step_runs_on_tensors_without_values(family, monkeypatch):
     drawer = Drawer(policy, constraints, SamplingOptions(), 4)
     slots = Slots.empty(4, 12, 7, torch.zeros(1, 32, device="meta"))
     with torch.no_grad():
-        step = step_of(policy, drawer, KeyValues(100), torch.zeros(1, dtype=torch.int64, device="meta"))
+        seed = torch.zeros(1, dtype=torch.int64, device="meta")
+        step = step_of(policy, drawer, KeyValues(100), seed, num_tiles=2)
         with HostReads() as reads:
             step(slots)
     assert reads.found == []
@@ -106,3 +109,31 @@ def test_reads_are_noted(name):
 def test_poll_every_below_one_is_refused(tiny_policy):
     with pytest.raises(InputError, match="StaticEngine: poll_every must be >= 1, got 0; raise it"):
         static_engine(tiny_policy(), Constraints(0), [[1]], 2, batch_size=2, poll_every=0)
+
+
+def test_tiles():
+    """Even ones, of prompts that are long enough and have two slots, in the order of the prompts."""
+    prompt, depth = torch.full((2 * TILE_ROWS + 9,), 3), torch.full((2 * TILE_ROWS + 9,), 32)
+    prompt[4], prompt[[5, 7]], prompt[[0, 8]], prompt[[1, 2]] = 0, 1, 2, -1
+    depth[[5, 7]], depth[[0, 8]] = 31, 40
+    tiles, shared = tiles_of(prompt, depth)
+    want = depth.index_fill(0, torch.tensor([4, 5, 7, 1, 2]), 0)
+    assert torch.equal(shared, want)
+    rows = [[r for r in tile if r >= 0] for tile in tiles.tolist()]
+    rest = (prompt == 3).nonzero()[:, 0].tolist()
+    assert rows[:4] == [[0, 8], rest[:12], rest[12:23], rest[23:]] and not any(rows[4:])
+    assert [tile[: len(own)] for tile, own in zip(tiles.tolist(), rows, strict=True)] == rows
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_slots_have_more_tiles_than_most_tiles(seed):
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.randint(1 + seed % 7, (150,), generator=generator)
+    length = torch.randint(16, 64, (7,), generator=generator)
+    count = group.bincount(minlength=7)
+    for size in (1, 2, 5, 17, 40, 150):
+        most = most_tiles(count, length, size)
+        for _ in range(5):
+            held = group[torch.randperm(150, generator=generator)[:size]]
+            tiles, _ = tiles_of(held, length[held])
+            assert int((tiles[:, 0] >= 0).sum()) <= most <= size // 2

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastgfn.checks import InputError
-from fastgfn.rollout import OutOfMemory, SamplingOptions, engine, sample, sampling, static
+from fastgfn.ops.path_attention import path_attention_triton
+from fastgfn.rollout import OutOfMemory, SamplingOptions, engine, sample, sampling, slots, static
 from fastgfn.rollout.draws import Drawer
 from fastgfn.types import Constraints
 
@@ -17,9 +18,9 @@ LOG_PROBS = ("log_behavior", "log_pf", "log_pterm")
 
 @pytest.fixture
 def by_slots(monkeypatch):
-    """`sample` with slots on the CPU, and the engines that it made."""
+    """`sample` with slots on the CPU, which share even the shortest prompts, and the engines that it made."""
 
-    def with_slots(*args, poll_every=3, least_moved=1, shuffle=False, **options):
+    def with_slots(*args, poll_every=3, least_moved=1, least_shared=1, shuffle=False, **options):
         made = []
 
         class Kept(static.StaticEngine):
@@ -32,6 +33,7 @@ def by_slots(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sampling, "choose_engine", lambda *args: Kept)
             patch.setattr(static, "LEAST_MOVED", least_moved)
+            patch.setattr(slots, "LEAST_SHARED", least_shared)
             return sample(*args, **options), made
 
     return with_slots
@@ -111,6 +113,90 @@ def test_few_running_slots_go_on_in_a_smaller_bucket(tiny_policy, by_slots, num_
     whole, (made,) = by_slots(PROMPTS, seed=1, poll_every=poll_every, least_moved=64, **options)
     assert_same(whole, want)
     assert made.num_moves == 0
+
+
+@pytest.mark.parametrize("batch_size", [None, 7])
+@pytest.mark.parametrize("tile_rows", [3, 4, 16])
+def test_slots_of_one_prompt_are_in_tiles(tiny_policy, by_slots, monkeypatch, tile_rows, batch_size):
+    """After every refill and move, with prompts that are long enough and others; at every step the op
+    refuses tiles of different prompts."""
+    monkeypatch.setattr(slots, "TILE_ROWS", tile_rows)
+    counts, events = [], []
+
+    def checked(made):
+        share(made)
+        held = (made.holds >= 0).nonzero()[:, 0]
+        prompt = made._prompts_of(made.holds[held])
+        is_long = torch.tensor([len(p) > 1 for p in made.request.distinct])[prompt]
+        same = (prompt[:, None] == prompt) & is_long
+        want = torch.zeros(len(made.running), dtype=torch.int64)
+        want[held] = made.running.depth[held] * (same.sum(1) > 1)
+        assert torch.equal(made.running.shared, want)
+        tiles, in_tiles = made.running.tiles, (want > 0).nonzero()[:, 0]
+        assert torch.equal(tiles[tiles >= 0].sort()[0].long(), in_tiles)
+        used = -(-prompt[is_long].unique(return_counts=True)[1] // tile_rows)
+        counts.append(int((tiles[:, 0] >= 0).sum()))
+        assert len(in_tiles) / tile_rows <= counts[-1] <= int(used.sum())
+        assert bool((tiles[: counts[-1], 1] >= 0).all())
+        most = min(made.workspace.num_tiles, len(made.running) // 2)
+        assert counts[-1] <= most and bool((tiles[most:] < 0).all())
+
+    share = static.StaticEngine._share
+    monkeypatch.setattr(static.StaticEngine, "_share", checked)
+    for name in ("fill", "move"):
+        method = getattr(slots.Slots, name)
+        monkeypatch.setattr(slots.Slots, name, lambda *a, n=name, m=method: events.append(n) or m(*a))
+    bias = torch.zeros(13).index_fill_(0, torch.tensor([0]), 0.7)
+    options = dict(policy=tiny_policy(), constraints=Constraints(0, 1, 20, logit_bias=bias), num_samples=10)
+    want = sample(PROMPTS, seed=1, **options)
+    got, _ = by_slots(PROMPTS, seed=1, batch_size=batch_size, least_shared=2, poll_every=1, **options)
+    assert_same(got, want)
+    assert events.count("move") > 1 and (batch_size is None or events.count("fill") > 3)
+    assert len(counts) == len(events) and counts[0] > 0 and len(set(counts)) > 1
+
+
+@pytest.fixture
+def num_tiles(monkeypatch):
+    """Tiles of every step, 0 where it has no table."""
+    seen, attention = [], slots.PathAttention
+
+    def noted(*args):
+        seen.append(0 if args[-1] is None else len(args[-1].tiles))
+        return attention(*args)
+
+    monkeypatch.setattr(slots, "PathAttention", noted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("least", "num_samples", "batch_size", "tiles"),
+    [(4, 1, 6, 1), (4, 20, 60, 3), (5, 20, 60, 0), (1, 1, 6, 3), (1, 8, 1, 0), (1, 8, 5, 2)],
+)
+def test_how_many_tiles_a_step_has(tiny_policy, by_slots, num_tiles, least, num_samples, batch_size, tiles):
+    """None where no prompt is long enough or has two slots."""
+    prompts = [*PROMPTS, PROMPTS[3]]
+    options = dict(policy=tiny_policy(), constraints=Constraints(0, max_length=2), num_samples=num_samples)
+    by_slots(prompts, batch_size=batch_size, least_shared=least, least_moved=64, **options)
+    assert set(num_tiles) == {tiles}
+
+
+@pytest.mark.parametrize("least", [32, 999], ids=["shared", "alone"])
+def test_draws_are_the_same_through_the_kernels_of_gpus(tiny_policy, by_slots, monkeypatch, least):
+    """In the place of the CPU's attention; a prompt of two splits, and slots of no tile."""
+    calls = []
+
+    def by_triton(*inputs, scale, softcap, window, shared):
+        calls.append(shared is not None and bool((shared.tiles >= 0).any()))
+        return path_attention_triton(*inputs, scale, softcap or 0.0, window or 0, *(shared or ()))
+
+    prompts = [[1, 2, 3, 4, 5] * 27, [4, 5]]
+    policy = tiny_policy(dtype=torch.float32, positions=256)
+    options = dict(policy=policy, constraints=Constraints(0, 1, 3), num_samples=2, seed=5)
+    want = sample(prompts, **options)
+    monkeypatch.setattr("fastgfn.attention.path_attention", by_triton)
+    got, _ = by_slots(prompts, least_shared=least, **options)
+    assert set(calls) == {least == 32}
+    assert_same(got, want)
 
 
 def test_buckets():
