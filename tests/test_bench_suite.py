@@ -15,6 +15,7 @@ import tables
 import test_bench_attention as attention
 import test_bench_draw as draw
 import test_bench_head as head
+import test_bench_path_attention as path_attention
 import test_bench_subtb as subtb
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,13 @@ from fastgfn.reference import attention as attention_reference
 from fastgfn.reference import subtb as subtb_reference
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = {"head": head, "subtb": subtb, "attention": attention, "draw": draw}
+MODULES = {
+    "head": head,
+    "subtb": subtb,
+    "attention": attention,
+    "draw": draw,
+    "path_attention": path_attention,
+}
 SHORT = [case for module in MODULES.values() for case in module.BENCH.cases("cpu", "short")]
 
 
@@ -215,6 +222,16 @@ def test_the_truth_of_subtb_is_all_pairs():
     wide = log_pf.double(), log_flow.double(), lengths
     for a, b in zip(subtb.closed_form(*wide, 1.0), subtb_reference.subtb_padded(*wide, 1.0), strict=True):
         assert torch.allclose(a, b, rtol=1e-10)
+
+
+def test_the_truth_of_path_attention_is_the_reference():
+    """Also with rows below two prompts, which share two tiles."""
+    case = path_attention.cases("cpu", "short")[0]
+    inputs = path_attention.make_inputs(case)
+    layer = [x[1].double() for x in inputs[:3]]
+    want = attention_reference.path_attention(*layer, inputs.path, inputs.length, scale=case["d"] ** -0.5)
+    assert torch.allclose(path_attention.truth(case, inputs)[1], want, atol=1e-12)
+    assert inputs.shared.tiles[:, :4].tolist() == [[0, 1, 2, -1], [3, 4, 5, -1], [-1] * 4]
 
 
 def test_the_truth_of_attention_is_the_reference():
