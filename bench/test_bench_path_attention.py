@@ -1,8 +1,8 @@
 """Attention of one decoding step: n rows below G prompts of P nodes, each with L nodes of its own.
 
 A step goes through the pools of several layers, so that own nodes come from memory, as they do in a model.
-Rivals are given contiguous copies of what the paths lead to, made before the clock starts. A CPU reads a prompt
-from its caches, so there the first two providers are one.
+Rivals are given contiguous copies of what the paths lead to, made before the clock starts. A CPU reads a
+prompt from its caches, so there the first two providers are one.
 """
 
 from typing import NamedTuple

@@ -358,10 +358,10 @@ def writes(rope_write, flat=False):
 
 
 @st.composite
-def path_attention_cases(draw, dtypes=ALL_DTYPES, widths=(1, 5, 16, 40)):
+def path_attention_cases(draw, dtypes=ALL_DTYPES, widths=(1, 5, 16, 40), most_rows=4, longest=20):
     """Rows whose paths share nodes of a pool in any order; what a path holds past its length is no node."""
     source = Source(draw)
-    num_rows, capacity, longest = source.size(0, 4), source.size(1, 12), source.size(1, 20)
+    num_rows, capacity, longest = source.size(0, most_rows), source.size(1, 12), source.size(1, longest)
     width, kv_heads, group = source.pick(*widths), source.size(1, 2), source.size(1, 3)
     length = source.integers(1, longest + 1, num_rows)
     path = source.integers(0, capacity, num_rows, longest, dtype=torch.int32, layout="plain")
@@ -377,3 +377,30 @@ def path_attention_cases(draw, dtypes=ALL_DTYPES, widths=(1, 5, 16, 40)):
         "window": source.maybe(1, 8),
     }
     return inputs, (), source.pick(*dtypes)
+
+
+@st.composite
+def shared_path_cases(draw, dtypes=ALL_DTYPES, widths=(1, 5, 16, 40)):
+    """Such rows, some of which begin with the same nodes and are in tiles (T, R), among empty ones."""
+    inputs, leaves, dtype = draw(path_attention_cases(dtypes, widths, most_rows=9, longest=70))
+    source, path, length = Source(draw), inputs["path"].clone(), inputs["length"].clone()
+    columns, (num_rows, longest) = source.size(1, 6), path.shape
+    rows, tiles = torch.randperm(num_rows, generator=source.generator), []
+    depth = torch.zeros(num_rows, dtype=torch.int64)
+    while len(rows) and source.size(0, 3):
+        count = source.size(1, columns)
+        own, rows = rows[:count], rows[count:]
+        nodes = source.size(1, int(length[own[0]]))
+        path[own, :nodes] = path[own[0], :nodes].clone()
+        length[own] = length[own].clamp(min=nodes)
+        depth[own] = nodes
+        tiles += [own, *[own[:0]] * source.size(0, 1)]
+    path[path == 2**30] = 0  # what became longer has nodes there
+    path[torch.arange(longest) >= length[:, None]] = 2**30
+    table = torch.full((len(tiles), columns), -1, dtype=torch.int32)
+    for line, own in zip(table, tiles, strict=True):
+        line[: len(own)] = own.int()
+    layouts = ("plain", "sliced", "transposed")
+    tables = laid_out(table, source.pick(*layouts)), laid_out(depth, source.pick("plain", "sliced"))
+    inputs |= {"path": laid_out(path, source.pick(*layouts)), "length": length, "shared": tables}
+    return inputs, leaves, dtype

@@ -17,12 +17,13 @@ from fuzz_cases import (
     path_attention_cases,
     rope_cases,
     row_gate_cases,
+    shared_path_cases,
     writes,
 )
 from hypothesis import strategies as st
 
 from fastgfn import functional
-from fastgfn.kernels import log_probs, sample_next
+from fastgfn.kernels import log_probs, path_attention, sample_next
 from fastgfn.ops import attention, decode_layer, head
 from fastgfn.ops.path_attention import path_attention_triton
 from fastgfn.ops.sample_next import gumbel_draw_triton, head_gumbel_draw_triton
@@ -80,6 +81,22 @@ def test_path_attention(case):
         return path_attention_triton(**tensors, scale=scale, softcap=softcap or 0.0, window=window or 0)
 
     assert_equals_reference(op, attention_truth.path_attention, *case)
+
+
+@fuzz(EXAMPLES, case=shared_path_cases(DTYPES), lines=st.sampled_from([16, 32]))
+def test_shared_prompts(case, lines):
+    """In tiles of 16 nodes, so that there are several, also of splits, and of few rows."""
+
+    def op(*, scale, softcap, window, shared, **tensors):
+        options = dict(scale=scale, softcap=softcap or 0.0, window=window or 0)
+        return path_attention_triton(**tensors, **options, tiles=shared[0], depth=shared[1])
+
+    def truth(*, shared, **inputs):
+        return attention_truth.path_attention(**inputs)
+
+    blocks = {size: {64: (lines, 16, 4, 1)} for size in (2, 4)}
+    with patch.object(path_attention, "SHARED_TILES", blocks):
+        assert_equals_reference(op, truth, *case)
 
 
 def check_head(case, provider, streams):

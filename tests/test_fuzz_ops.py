@@ -22,6 +22,7 @@ from fuzz_cases import (
     public,
     rope_cases,
     row_gate_cases,
+    shared_path_cases,
     writes,
 )
 from fuzz_tree_cases import (
@@ -41,7 +42,7 @@ from fastgfn import functional
 from fastgfn.ops import attention, decode_layer, head_tiles, linear, log_probs_from_logits, scan, subtb, tree
 from fastgfn.ops import sample_next as draws
 from fastgfn.ops.decode import decode_update_
-from fastgfn.ops.path_attention import path_attention
+from fastgfn.ops.path_attention import SharedPrompts, path_attention
 from fastgfn.ops.silu_mul import silu_mul
 from fastgfn.reference import attention as attention_truth
 from fastgfn.reference import decode as decode_truth
@@ -326,3 +327,14 @@ def test_rope_write(case):
 @fuzz(EXAMPLES, case=row_gate_cases(HALF))
 def test_silu_mul_row(case):
     assert_equals_reference(decode_layer.silu_mul_row, layer_truth.silu_mul_row, *case)
+
+
+@fuzz(EXAMPLES, case=shared_path_cases())
+def test_path_attention_of_shared_prompts(case):
+    def op(*, shared, **inputs):
+        return path_attention(**inputs, shared=SharedPrompts(*shared))
+
+    def truth(*, shared, **inputs):
+        return attention_truth.path_attention(**inputs)
+
+    assert_equals_reference(op, truth, *case)

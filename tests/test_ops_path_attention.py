@@ -40,7 +40,7 @@ def share(inputs, depths, sizes, columns=4, empty=1):
     depth = torch.zeros_like(length)
     for nodes, size in zip(depths, sizes, strict=True):
         own, rows = rows[:size], rows[size:]
-        path[own, :nodes] = path[own[0], :nodes]
+        path[own, :nodes] = path[own[0], :nodes].clone()
         length[own] = length[own].clamp(min=nodes + 1)
         length[own[-1]] = nodes + 1
         depth[own] = nodes
