@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastgfn.kernels.log_probs import LOWEST, _tanh
 
-# (nodes of one tile, warps).
-TILE = (64, 4)
+# (nodes of one tile, warps): of whole paths, and of what is left of them, which is short.
+TILE, OWN_TILE = (64, 4), (32, 4)
 # For tiles of rows, by bytes of an element and largest head: lines (query heads x rows) of a program, nodes,
 # warps and stages. Fewer lines have one warpgroup.
 SHARED_TILES = {
@@ -289,7 +289,7 @@ def path_attention(
     with torch.cuda.device_of(query):
         if is_shared:
             sums, splits, shared_n = _shared_sums(inputs, sizes, tiles, depth, window > 0, options)
-        block_n, num_warps = TILE
+        block_n, num_warps = OWN_TILE if is_shared else TILE
         _path_attention_fwd_kernel[(num_rows, kv_heads)](
             *inputs,
             depth if is_shared else None,

@@ -159,8 +159,8 @@ def rope_variants():
                 }
 
 
-PATHS_HALF = ("query_ptr", "keys_ptr", "values_ptr", "out_ptr")
-PATHS = dict.fromkeys(PATHS_HALF, "*bf16") | {
+FLOATS = ("query_ptr", "keys_ptr", "values_ptr", "out_ptr")
+PATHS = dict.fromkeys(FLOATS, "*bf16") | {
     "path_ptr": "*i32",
     "length_ptr": "*i64",
     "tiles_ptr": "*i32",
@@ -171,20 +171,21 @@ PATHS = dict.fromkeys(PATHS_HALF, "*bf16") | {
 
 
 def shared_variants():
-    """Every tile of the table in every number of lines, and with all options where there are most."""
+    """Every tile of the table for a group of 1, 4 and 8, with all options in the last."""
     for itemsize, table in path_attention.SHARED_TILES.items():
         for width in table:
-            for group in (1, 3, 4, 8):
+            for group in (1, 4, 8) if itemsize == 2 else (1, 8):
                 constants = path_attention.shared_constants(256, 16, 8, group, width, 230, itemsize)
-                for on in (False, True) if group == 8 else (False,):
-                    yield constants | {
-                        "HAS_SOFTCAP": on,
-                        "HAS_WINDOW": on,
+                yield (
+                    constants
+                    | dict.fromkeys(("HAS_SOFTCAP", "HAS_WINDOW"), group == 8)
+                    | {
                         "IS_INTERPRETED": False,
                         "PRECISION": {2: "ieee", 4: "tf32x3"}[itemsize],
-                        "TYPES": {} if itemsize == 2 else dict.fromkeys(PATHS_HALF, "*fp32"),
+                        "TYPES": {} if itemsize == 2 else dict.fromkeys(FLOATS, "*fp32"),
                         "ALIGNED": "all",
                     }
+                )
 
 
 def tile(blocks, precision="ieee"):
@@ -262,10 +263,10 @@ KERNELS = {
         PATHS,
         tuple(
             {"HAS_SOFTCAP": softcap, "IS_INTERPRETED": False, "PRECISION": "ieee", "GROUP": group}
-            | {"WIDTH": width, "BLOCK_H": 16, "BLOCK_D": width, "BLOCK_N": path_attention.TILE[0]}
+            | {"WIDTH": width, "BLOCK_H": 16, "BLOCK_D": width, "BLOCK_N": tile[0]}
             | {"HAS_SHARED": shared, "NUM_SPLITS": 2, "SHARED_N": 64, "ALIGNED": "all"}
             for width, group, softcap in ((64, 3, False), (128, 4, True), (256, 2, True))
-            for shared in (False, True)
+            for shared, tile in ((False, path_attention.TILE), (True, path_attention.OWN_TILE))
         ),
         path_attention.TILE[1],
     ),

@@ -93,7 +93,7 @@ SHARED = {
 
 @pytest.mark.parametrize("options", [{}, dict(softcap=2.0, window=45), dict(window=1)], ids=str)
 @pytest.mark.parametrize("shape", SHARED)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_shared_prompts_change_nothing_but_rounding(dtype, shape, options, monkeypatch):
     """What is not written must not be read: memory is full of nan."""
     sizes, depths, counts = SHARED[shape]
