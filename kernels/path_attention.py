@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastgfn.kernels.log_probs import LOWEST, _tanh
 
-# (nodes of one tile, warps): of whole paths, and of what is left of them, which is short.
-TILE, OWN_TILE = (64, 4), (32, 4)
+# (nodes of one tile, warps).
+TILE = (64, 4)
 # For tiles of rows, by bytes of an element and largest head: lines (query heads x rows) of a program, nodes,
 # warps and stages. Fewer lines have one warpgroup.
 SHARED_TILES = {
@@ -254,6 +254,15 @@ def shared_constants(
     }
 
 
+def own_tile(group: int, width: int, itemsize: int) -> tuple[int, int]:
+    """TILE of what is left of a path, which is short: few warps leave room for many rows on a multiprocessor,
+    12 and not 7 of heads of 64 on sm_90, 6 and not 4 of 128."""
+    if itemsize > 2:
+        return 16, 4
+    few = 1 if width <= 64 else 2
+    return 32, few if group <= 16 and width <= 128 else 4
+
+
 def path_attention(
     query: Tensor,  # (n, H, d) float32 | bfloat16 | float16, contiguous in d
     keys: Tensor,  # (C, Hkv, d) contiguous
@@ -289,7 +298,7 @@ def path_attention(
     with torch.cuda.device_of(query):
         if is_shared:
             sums, splits, shared_n = _shared_sums(inputs, sizes, tiles, depth, window > 0, options)
-        block_n, num_warps = OWN_TILE if is_shared else TILE
+        block_n, num_warps = own_tile(group, width, query.element_size()) if is_shared else TILE
         _path_attention_fwd_kernel[(num_rows, kv_heads)](
             *inputs,
             depth if is_shared else None,

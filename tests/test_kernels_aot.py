@@ -170,22 +170,48 @@ PATHS = dict.fromkeys(FLOATS, "*bf16") | {
 }
 
 
+def path_variants():
+    """Whole paths, and what is left of them, the latter in float32 too."""
+    for width, group, softcap, itemsize in (
+        (64, 3, False, 2),
+        (128, 4, True, 2),
+        (256, 2, True, 2),
+        (128, 4, True, 4),
+    ):
+        tiles = {False: path_attention.TILE, True: path_attention.own_tile(group, width, itemsize)}
+        for shared, (block_n, num_warps) in tiles.items() if itemsize == 2 else [(True, tiles[True])]:
+            yield {
+                "HAS_SHARED": shared,
+                "HAS_SOFTCAP": softcap,
+                "IS_INTERPRETED": False,
+                "PRECISION": {2: "ieee", 4: "tf32x3"}[itemsize],
+                "GROUP": group,
+                "WIDTH": width,
+                "NUM_SPLITS": 2,
+                "SHARED_N": 64,
+                "BLOCK_H": 16,
+                "BLOCK_D": width,
+                "BLOCK_N": block_n,
+                "num_warps": num_warps,
+                "TYPES": {} if itemsize == 2 else dict.fromkeys(FLOATS, "*fp32"),
+                "ALIGNED": "all",
+            }
+
+
 def shared_variants():
     """Every tile of the table for a group of 1, 4 and 8, with all options in the last."""
     for itemsize, table in path_attention.SHARED_TILES.items():
         for width in table:
             for group in (1, 4, 8) if itemsize == 2 else (1, 8):
-                constants = path_attention.shared_constants(256, 16, 8, group, width, 230, itemsize)
-                yield (
-                    constants
-                    | dict.fromkeys(("HAS_SOFTCAP", "HAS_WINDOW"), group == 8)
-                    | {
-                        "IS_INTERPRETED": False,
-                        "PRECISION": {2: "ieee", 4: "tf32x3"}[itemsize],
-                        "TYPES": {} if itemsize == 2 else dict.fromkeys(FLOATS, "*fp32"),
-                        "ALIGNED": "all",
-                    }
-                )
+                yield {
+                    **path_attention.shared_constants(256, 16, 8, group, width, 230, itemsize),
+                    "HAS_SOFTCAP": group == 8,
+                    "HAS_WINDOW": group == 8,
+                    "IS_INTERPRETED": False,
+                    "PRECISION": {2: "ieee", 4: "tf32x3"}[itemsize],
+                    "TYPES": {} if itemsize == 2 else dict.fromkeys(FLOATS, "*fp32"),
+                    "ALIGNED": "all",
+                }
 
 
 def tile(blocks, precision="ieee"):
@@ -259,17 +285,7 @@ KERNELS = {
     "tree_attention_backward._tree_attention_delta_kernel": (HALF_KINDS, ROWS, 4),
     "tree_attention_backward._tree_attention_grad_kv_kernel": (HALF_KINDS, HALF["grad_kv"], None),
     "tree_attention_backward._tree_attention_grad_q_kernel": (HALF_KINDS, HALF["grad_q"], None),
-    "path_attention._path_attention_fwd_kernel": (
-        PATHS,
-        tuple(
-            {"HAS_SOFTCAP": softcap, "IS_INTERPRETED": False, "PRECISION": "ieee", "GROUP": group}
-            | {"WIDTH": width, "BLOCK_H": 16, "BLOCK_D": width, "BLOCK_N": tile[0]}
-            | {"HAS_SHARED": shared, "NUM_SPLITS": 2, "SHARED_N": 64, "ALIGNED": "all"}
-            for width, group, softcap in ((64, 3, False), (128, 4, True), (256, 2, True))
-            for shared, tile in ((False, path_attention.TILE), (True, path_attention.OWN_TILE))
-        ),
-        path_attention.TILE[1],
-    ),
+    "path_attention._path_attention_fwd_kernel": (PATHS, tuple(path_variants()), None),
     "path_attention._shared_prompts_fwd_kernel": (PATHS, tuple(shared_variants()), None),
     "sample_next._draw_from_logits_kernel": (DRAWS, (LOGIT_TILES,), 8),
     "sample_next._draw_combine_kernel": (

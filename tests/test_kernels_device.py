@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from fastgfn.kernels import head, head_fused, head_sample_next, log_probs, sample_next
+from fastgfn.kernels import head, head_fused, head_sample_next, log_probs, path_attention, sample_next
 
 SCALES = (1.0, None, 1.0)
 LAUNCHES = {
@@ -32,6 +32,18 @@ LAUNCHES = {
     "combine_draws": (
         (sample_next, "_draw_combine_kernel"),
         lambda x, i: sample_next.combine_draws(x, x.int(), x[0]),
+    ),
+    "path_attention": (
+        (path_attention, "_path_attention_fwd_kernel"),
+        lambda x, i: path_attention.path_attention(
+            *[x[:, None]] * 3, i.int()[:, None], i * 0 + 1, 1.0, 0.0, 0
+        ),
+    ),
+    "shared_prompts": (
+        (path_attention, "_shared_prompts_fwd_kernel"),
+        lambda x, i: path_attention.path_attention(
+            *[x[:, None]] * 3, i.int()[:, None], i * 0 + 1, 1.0, 0.0, 0, i.int()[None], i * 0 + 1
+        ),
     ),
     "log_probs_fwd": (
         (log_probs, "_log_probs_fwd_kernel"),
