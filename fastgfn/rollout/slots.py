@@ -141,16 +141,18 @@ def tiles_of(prompt: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
     """On the host: tiles (S, R) int32 and shared nodes (S,) int64 of slots with these prompts (S,), -1 for
     none, of `depth` (S,) nodes. Tiles of one prompt differ by one slot at most, so none has one slot."""
     tiles = torch.full((len(prompt), TILE_ROWS), -1, dtype=torch.int32)
-    shared, count = torch.zeros_like(depth), 0
-    for one in prompt[(prompt >= 0) & (depth >= LEAST_SHARED)].unique().tolist():
-        rows = (prompt == one).nonzero()[:, 0]
-        if len(rows) == 1:
-            continue
-        shared[rows] = depth[rows]
-        for part in rows.tensor_split(-(-len(rows) // TILE_ROWS)):
-            tiles[count, : len(part)] = part.int()
-            count += 1
-    return tiles, shared
+    _, place, count = prompt.unique(return_inverse=True, return_counts=True)
+    is_shared = (prompt >= 0) & (depth >= LEAST_SHARED) & (count[place] > 1)
+    rows = is_shared.nonzero()[:, 0]
+    rows = rows[prompt[rows].argsort(stable=True)]
+    _, place, count = prompt[rows].unique(return_inverse=True, return_counts=True)
+    parts = -(-count // TILE_ROWS)
+    rank = torch.arange(len(rows)) - (count.cumsum(0) - count)[place]
+    count, first_tile, parts = count[place], (parts.cumsum(0) - parts)[place], parts[place]
+    part = rank * parts // count
+    first = -(-part * count // parts)  # the lowest rank of this part
+    tiles[first_tile + part, rank - first] = rows.int()
+    return tiles, depth * is_shared
 
 
 def most_tiles(count: Tensor, depth: Tensor, size: int) -> int:
