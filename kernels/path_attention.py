@@ -23,10 +23,10 @@ from fastgfn.kernels.log_probs import LOWEST, _tanh
 # (nodes of one tile, warps).
 TILE = (64, 4)
 # For tiles of rows, by bytes of an element and largest head: lines (query heads x rows) of a program, nodes,
-# warps and stages. Fewer lines have one warpgroup.
+# warps and stages. Fewer lines have one warpgroup. Wider heads would spill: they read their prompt row by row.
 SHARED_TILES = {
     2: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
-    4: {64: (32, 32, 4, 2), 128: (32, 32, 4, 1), 256: (16, 16, 8, 1)},
+    4: {64: (32, 32, 4, 2), 128: (32, 32, 4, 1)},
 }
 # Programs that the splits of long prompts should make, two for each of the multiprocessors of an H200.
 PROGRAMS = 264
@@ -234,8 +234,8 @@ def shared_constants(
 ) -> dict[str, int]:
     """Constants and launch options of the first kernel, from shapes: its splits fill the device."""
     block_d, block_g = max(16, triton.next_power_of_2(width)), triton.next_power_of_2(group)
-    table = SHARED_TILES[itemsize]
-    lines, block_n, num_warps, num_stages = table[min((d for d in table if d >= block_d), default=max(table))]
+    blocks = next(blocks for widest, blocks in SHARED_TILES[itemsize].items() if width <= widest)
+    lines, block_n, num_warps, num_stages = blocks
     block_r = min(triton.next_power_of_2(tile_rows), max(1, lines // block_g))
     block_r = max(block_r, triton.cdiv(16, block_g))
     programs = triton.cdiv(num_rows, min(block_r, tile_rows)) * kv_heads
@@ -293,7 +293,7 @@ def path_attention(
         "GROUP": group,
         "WIDTH": width,
     }
-    is_shared = tiles is not None and len(tiles) > 0
+    is_shared = tiles is not None and len(tiles) > 0 and width <= max(SHARED_TILES[query.element_size()])
     sums, splits, shared_n = (None, None, None), 1, 1
     with torch.cuda.device_of(query):
         if is_shared:

@@ -86,6 +86,7 @@ SHARED = {
     "eight": (dict(num_rows=7, longest=70, heads=8, kv_heads=1, width=64), (50,), (6,)),
     "wide_group": (dict(num_rows=9, longest=40, heads=40, kv_heads=2, width=5), (33, 4), (5, 3)),
     "head_of_128": (dict(num_rows=5, longest=40, heads=2, kv_heads=2, width=128), (33,), (5,)),
+    "head_of_160": (dict(num_rows=5, longest=90, heads=4, kv_heads=2, width=160), (70,), (4,)),
     "head_of_512": (dict(num_rows=3, longest=40, heads=1, kv_heads=1, width=512), (33,), (2,)),
     "no_tiles": (dict(), (), ()),
 }
