@@ -23,7 +23,7 @@ from fastgfn.kernels.log_probs import LOWEST, _tanh
 # (nodes of one tile, warps).
 TILE = (64, 4)
 # For tiles of rows, by bytes of an element and largest head: lines (query heads x rows) of a program, nodes,
-# warps and stages. Fewer lines have one warpgroup. Wider heads would spill: they read their prompt row by row.
+# warps and stages. Fewer lines have one warpgroup. Wider heads would spill: rows read their prompt alone.
 SHARED_TILES = {
     2: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
     4: {64: (32, 32, 4, 2), 128: (32, 32, 4, 1)},
