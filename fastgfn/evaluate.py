@@ -11,7 +11,7 @@ from fastgfn.models import Policy
 from fastgfn.ops.scan import tree_cumsum
 from fastgfn.packing import pack
 from fastgfn.scoring import score
-from fastgfn.types import Constraints, Rollouts, as_int64
+from fastgfn.types import Constraints, Grammar, Rollouts, as_int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ def sequence_log_probs(
     *,
     policy: Policy,
     constraints: Constraints,
+    grammar: Grammar | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact log q of whole sequences, the stop included, and of stopping at once, in one tree forward.
 
@@ -45,7 +46,7 @@ def sequence_log_probs(
         log_stop: () float64, log q(stop | s_0); 0 if the empty sequence may not stop.
 
     Raises:
-        InputError: repeated sequences, or one that the constraints rule out.
+        InputError: repeated sequences, or one that the constraints or the grammar rule out.
     """
     name = "sequence_log_probs"
     lengths = as_int64([len(s) for s in sequences])
@@ -62,8 +63,10 @@ def sequence_log_probs(
         row[: len(sequence)] = as_int64(sequence)
     group = torch.zeros(len(sequences), dtype=torch.int64)
     unknown = torch.full((len(sequences),), torch.nan)
-    rollouts = Rollouts((as_int64(prompt),), group, tokens, lengths, unknown, constraints)
-    tree = pack(rollouts, device=policy.device)
+    rollouts = Rollouts(
+        (as_int64(prompt),), group, tokens, lengths, unknown, constraints, has_grammar=grammar is not None
+    )
+    tree = pack(rollouts, grammar=grammar, device=policy.device)
     log_probs = score(tree, policy=policy)
     log_q = tree_cumsum(log_probs.log_pf.double(), tree.parent) + log_probs.log_pterm.double()
     return log_q[tree.leaf].cpu(), log_probs.log_pterm[tree.is_root_state][0].double().cpu()

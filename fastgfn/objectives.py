@@ -80,7 +80,7 @@ def modified_subtb_loss(
     log_reward = log_reward.to(log_probs.log_pf.dtype)
     estimate = group_mean(log_ratio(log_probs, tree, log_reward), tree).to(log_reward)
     log_flow = log_reward - log_probs.log_pterm
-    if tree.constraints.min_length > 0:
+    if has_anchor(tree):
         root_value = estimate if log_z is None else log_z
         _check_log_z(name, tree, root_value)
         anchor = tree.is_root_state & ~tree.terminable
@@ -144,7 +144,12 @@ def vargrad_loss(
 
 
 def has_anchor(tree: TokenTree) -> bool:
-    """Whether s_0 cannot stop, so that the loss reads log Z(X), by default a mean over a prompt's samples."""
+    """Whether s_0 cannot stop, so that the loss reads log Z(X), by default a mean over a prompt's samples.
+
+    It is the same for every prompt. Under a grammar it is read from the tree, which waits for a GPU.
+    """
+    if tree.allowed is not None:
+        return bool((tree.is_root_state & ~tree.terminable).any())
     return tree.constraints.termination == "forced" and tree.constraints.min_length > 0
 
 

@@ -28,7 +28,7 @@ from fastgfn.objectives import (
 from fastgfn.packing import split_tree
 from fastgfn.phases import phase
 from fastgfn.rewards import LMReward, Reward, log_reward
-from fastgfn.scoring import constrained, no_stop_below, score
+from fastgfn.scoring import constrained, limits, score
 from fastgfn.types import LogProbs, TokenTree, TreePart
 
 
@@ -59,7 +59,7 @@ def score_and_reward(tree: TokenTree, *, policy: Policy, reward: Reward) -> tupl
     if not shared or type(reward).__call__ is not LMReward.__call__:
         return score(tree, policy=policy), log_reward(tree, reward=reward)
     biases = (tree.constraints.logit_bias, reward.logit_bias)
-    raw, base = policy.paired_log_probs(tree, *biases, no_stop_below=no_stop_below(tree))
+    raw, base = policy.paired_log_probs(tree, *biases, **limits(tree))
     return constrained(raw, tree), log_reward(tree, reward=lambda t: reward.from_log_probs(base, t))
 
 

@@ -146,7 +146,8 @@ class ReplayBuffer:
     def sample(self, rollouts: Rollouts, num_samples: int, rng: np.random.Generator) -> Rollouts | None:
         """Up to `num_samples` stored sequences for each prompt of `rollouts`, or None if nothing is stored.
 
-        The result has the prompts and constraints of `rollouts`; its log_behavior is NaN (unknown).
+        The result has the prompts and constraints of `rollouts`, and its grammar if it has one, which
+        `pack` asks about them again; its log_behavior is NaN (unknown).
         """
         stored, group = [], []
         for g, prompt in enumerate(rollouts.prompts):
@@ -170,6 +171,7 @@ class ReplayBuffer:
             torch.full((len(stored),), math.nan),
             rollouts.constraints,
             is_action=is_action if any(e.observed for e in stored) else None,
+            has_grammar=rollouts.has_grammar,
         )
 
     def _choose(self, entries: list[Entry], size: int, rng: np.random.Generator) -> list[int]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastgfn import checks
+from fastgfn.functional.tree import node_sequences
 from fastgfn.models import Reference
 from fastgfn.ops.scan import tree_cumsum
-from fastgfn.ops.tree import path_nodes
 from fastgfn.phases import phase
 from fastgfn.types import LogProbs, TokenTree
 
@@ -22,6 +22,9 @@ Reward = Callable[[TokenTree], Tensor]
 
 class LMReward:
     """log p(X Z stop) - log p(X) of the base model, for all prefixes in one forward of the tree.
+
+    It knows no grammar: under one, the posterior that q learns is p restricted to the grammar's sequences and
+    renormalised over them, p conditioned on the grammar.
 
     Args:
         reference: `policy.reference`.
@@ -95,15 +98,6 @@ def _rewarded(reward: Reward, tree: TokenTree) -> Tensor:
     if not getattr(reward, "terminal_only", False):
         return tree.terminable
     return tree.terminable & torch.zeros_like(tree.is_state).index_fill(0, tree.leaf, True)
-
-
-def node_sequences(tree: TokenTree, nodes: Tensor) -> list[list[int]]:
-    """The tokens of Z that lead to each node."""
-    lengths = tree.length[nodes].long()
-    width = int(lengths.max()) if len(nodes) else 0
-    path = path_nodes(tree.parent, nodes, lengths, width)
-    tokens = tree.tokens[path.clamp(min=0)].tolist()
-    return [row[:n] for row, n in zip(tokens, lengths.tolist(), strict=True)]
 
 
 @phase("reward")

@@ -13,19 +13,21 @@ def score(tree: TokenTree, *, policy: Policy | Reference) -> LogProbs:
         below min_length   log q(z) = log p(z | not stop); stopping is impossible
         at max_length      log q(stop) = 0
         otherwise          log q = log p
-    Under "own", log q = log p everywhere.
+    Under a grammar, p is the softmax over the tokens that it allows. Under "own", log q = log p everywhere.
 
     Returns:
         LogProbs, node-aligned (see LogProbs), float32 (float64 for a float64 model), differentiable in the
         policy's trainable parameters. log_pf is 0 off the action nodes, log_pterm 0 off the terminable ones.
     """
-    raw = policy.tree_log_probs(tree, tree.constraints.logit_bias, no_stop_below=no_stop_below(tree))
+    raw = policy.tree_log_probs(tree, tree.constraints.logit_bias, **limits(tree))
     return constrained(raw, tree)
 
 
-def no_stop_below(tree: TokenTree) -> int:
-    """The length below which log q(z) is renormalised without the stop token."""
-    return tree.constraints.min_length if tree.constraints.termination == "forced" else 0
+def limits(tree: TokenTree) -> dict:
+    """How log q(z) is renormalised: by the masks of the tree, or without the stop token below some length."""
+    if tree.allowed is not None:
+        return {"masked": True}
+    return {"no_stop_below": tree.constraints.min_length if tree.constraints.termination == "forced" else 0}
 
 
 def constrained(raw: LogProbs, tree: TokenTree) -> LogProbs:

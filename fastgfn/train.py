@@ -30,7 +30,7 @@ from fastgfn.phases import phase
 from fastgfn.replay import ReplayBuffer
 from fastgfn.rewards import Reward
 from fastgfn.rollout import check_prompts, sample
-from fastgfn.types import Constraints, Rollouts, TokenTree, as_int64
+from fastgfn.types import Constraints, Grammar, Rollouts, TokenTree, as_int64
 
 _TEMPERATURES, _REPLAY, _PROMPTS = range(3)
 # Nats per token by which the sampler's log q may differ from the score's before merging is given up.
@@ -65,6 +65,7 @@ class Trainer:
         reward: callable(TokenTree) -> un-tempered log R per node, see fastgfn.rewards.
         constraints: the sequence set.
         config: settings.
+        grammar: which tokens may follow each sequence, as of `sample`; the same one where a run is resumed.
 
     Raises:
         InputError: no prompts, a prompt or constraints that do not fit the model, no trainable parameters, or
@@ -79,6 +80,7 @@ class Trainer:
         reward: Reward,
         constraints: Constraints,
         config: TrainConfig,
+        grammar: Grammar | None = None,
     ) -> None:
         checks.check(
             len(prompts) > 0, "Trainer", "prompts", "at least one prompt", 0, "pass lists of token ids"
@@ -104,6 +106,7 @@ class Trainer:
         self.reward = reward
         self.constraints = constraints
         self.config = config
+        self.grammar = grammar
         self.optimizer = torch.optim.Adam(
             parameters, lr=config.learning_rate, betas=config.adam_betas, fused=True
         )
@@ -137,12 +140,14 @@ class Trainer:
                 constraints=self.constraints,
                 num_samples=config.num_samples,
                 temperature=self._temperatures(step, micro),
+                grammar=self.grammar,
                 seed=config.seed,
                 first_trajectory=self.trajectories,
                 merge=self.merges,
                 precision=getattr(torch, config.rollout_precision or "", None) if self.merges else None,
             )
-            tree = pack(self._with_replay(drawn, step, micro), device=self.policy.device)
+            together = self._with_replay(drawn, step, micro)
+            tree = pack(together, grammar=self.grammar, device=self.policy.device)
             result = add_gradients(
                 tree,
                 policy=self.policy,
@@ -273,6 +278,7 @@ class Trainer:
             "min_length": limits.min_length,
             "max_length": limits.max_length,
             "termination": limits.termination,
+            "grammar": None if self.grammar is None else type(self.grammar).__name__,
             "prompts and logit_bias": hashlib.sha256(text.encode()).hexdigest(),
             "trainable tensors": [[name, list(p.shape)] for name, p in self.policy.parameters()],
         }

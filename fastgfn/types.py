@@ -6,8 +6,10 @@ Dimension letters, used in every docstring of the package:
 All log quantities are natural logarithms (nats).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +24,16 @@ class Role(IntEnum):
     ACTION = 1
     OBSERVATION = 2
     SUFFIX = 3
+
+
+class Grammar(Protocol):
+    """Which tokens may follow, a part of the policy q: log-probs are renormalised over them."""
+
+    def allowed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """(K, V) bool for K prefixes of Z, the termination token's column included; none may be all False.
+
+        A function of the prefix alone: `sample` asks about it, `pack` once more.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +130,7 @@ class Rollouts:
     terminated: (N,) bool, the sequence drew the termination token (False: max_length ended it), or None.
     is_action: (N, L) bool, tokens that the policy chose; False on what a tool returned and past `lengths`.
         None: every token is an action.
-    has_grammar: drawn under a grammar, whose q `score` does not compute.
+    has_grammar: drawn under a grammar, which `pack` needs.
     """
 
     prompts: tuple[Tensor, ...]
@@ -190,6 +202,9 @@ class TokenTree:
     is_state: (T,) bool, the node is a prefix s_k of some Z that the policy continues or ends: the last prompt
         node (s_0), an action node, or the last observation of a tool's answer; not one that a tool answered.
     constraints: the sequence set the trajectories were drawn from.
+    allowed: (U, ceil(V / 8)) uint8, distinct masks of tokens that q may choose, of token v bit v % 8 of byte
+        v // 8; below min_length without the termination tokens. None without a grammar.
+    allowed_row: (T,) int64, the mask of every state, -1 where there is none: off the states, at max_length.
     """
 
     tokens: Tensor
@@ -203,10 +218,12 @@ class TokenTree:
     length: Tensor
     is_state: Tensor
     constraints: Constraints
+    allowed: Tensor | None = None
+    allowed_row: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "TokenTree":
-        moved = {f: getattr(self, f).to(device) for f in self.__slots__ if f != "constraints"}
-        return TokenTree(**moved, constraints=self.constraints)
+        fields = {f: getattr(self, f) for f in self.__slots__}
+        return TokenTree(**{f: x.to(device) if isinstance(x, Tensor) else x for f, x in fields.items()})
 
     @property
     def num_nodes(self) -> int:
@@ -221,7 +238,16 @@ class TokenTree:
         """(T,) bool: prefixes that may stop, hence carry a reward."""
         if self.constraints.termination == "own":
             return self.is_state
+        if self.allowed is not None:
+            return self.is_state & self._may_stop
         return self.is_state & (self.length >= self.constraints.min_length)
+
+    @property
+    def _may_stop(self) -> Tensor:
+        """(T,) bool: some termination token is allowed, or none is asked for."""
+        stops = self.constraints.termination_token_ids
+        may = torch.stack([self.allowed[:, s // 8] >> (s % 8) & 1 for s in stops]).any(0)
+        return may[self.allowed_row.clamp(min=0)] | (self.allowed_row < 0)
 
     @property
     def is_root_state(self) -> Tensor:

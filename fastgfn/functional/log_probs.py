@@ -27,14 +27,16 @@ def linear_log_probs(
     logit_scale: float = 1.0,
     final_logit_softcap: float | None = None,
     temperature: float = 1.0,
+    allowed: Tensor | None = None,  # (U, ceil(V / 8)) uint8
+    allowed_row: Tensor | None = None,  # (R,) int32 | int64
     return_lse: bool = False,
     ignore_index: int = -100,
 ) -> LogProbs:
     """Log-probability of each target and of stopping, without storing the (R, V) logits.
 
     Equal to log_softmax(z)[rows, targets] and log_softmax(z)[:, termination_token_id] with, in this order,
-    x = logit_scale * (hidden @ weight.T + bias), x = c * tanh(x / c) for the softcap c, and
-    z = (x + logit_bias) / temperature.
+    x = logit_scale * (hidden @ weight.T + bias), x = c * tanh(x / c) for the softcap c,
+    z = (x + logit_bias) / temperature, and z = -inf where the row's mask in `allowed` lacks the token.
 
     Args:
         hidden: final hidden states; may be a strided slice.
@@ -44,6 +46,9 @@ def linear_log_probs(
         termination_token_id: the stop token, read from every row, or None.
         logit_bias: a constant vocabulary mask, e.g. -99 at excluded tokens, or None.
         temperature: > 0, divides the logits; no unit. logit_scale has none either, the softcap is in logits.
+        allowed: masks of tokens in packed bits, that of token v being bit v % 8 of byte v // 8, as of
+            numpy.packbits with bitorder="little"; each allows a token.
+        allowed_row: the mask of every row, -1 for none.
         return_lse: also return the log-normaliser of z.
 
     Returns:
@@ -61,18 +66,14 @@ def linear_log_probs(
     """
     name = "linear_log_probs"
     rows = _check_linear(name, hidden, weight, targets, rows, bias)
-    options = {
-        "termination_token_id": termination_token_id,
-        "logit_bias": logit_bias,
-        "logit_scale": logit_scale,
-        "final_logit_softcap": final_logit_softcap,
-        "temperature": temperature,
-        "ignore_index": ignore_index,
-    }
-    _check_options(name, targets, weight, **options)
+    options = _options(termination_token_id, logit_scale, final_logit_softcap, temperature, ignore_index)
+    _check_options(name, targets, weight, logit_bias=logit_bias, **options)
+    masks = _check_masks(name, hidden, weight, allowed, allowed_row)
     targets, bad_targets = values.clamped(targets, weight.shape[0], ignore_index)
     rows, bad_rows = values.clamped(rows, hidden.shape[0])
-    log_pf, log_pterm, lse = linear_ops.linear_log_probs(hidden, weight, targets, rows, bias=bias, **options)
+    log_pf, log_pterm, lse = linear_ops.linear_log_probs(
+        hidden, weight, targets, rows, bias=bias, logit_bias=logit_bias, **masks, **options
+    )
     return LogProbs(values.marked(log_pf, bad_targets, bad_rows), log_pterm, lse if return_lse else None)
 
 
@@ -90,19 +91,23 @@ def policy_reward_log_probs(
     logit_scale: float = 1.0,
     final_logit_softcap: float | None = None,
     temperature: float = 1.0,
+    allowed: Tensor | None = None,  # (U, ceil(V / 8)) uint8
+    allowed_row: Tensor | None = None,  # (R1,) int32 | int64
     return_lse: bool = False,
     ignore_index: int = -100,
 ) -> tuple[LogProbs, LogProbs]:
     """`linear_log_probs` of the policy's and of the reward model's hidden states in one pass over their head.
 
-    Equal to linear_log_probs(policy_hidden, ..., logit_bias=policy_logit_bias) and, without gradient,
-    linear_log_probs(reward_hidden, ..., logit_bias=reward_logit_bias). The rows are stacked, so that a tile
-    of the weight is read once for both; the product that forms the gradient sees the policy's rows only.
+    Equal to linear_log_probs(policy_hidden, ..., logit_bias=policy_logit_bias, allowed=...) and, without
+    gradient, linear_log_probs(reward_hidden, ..., logit_bias=reward_logit_bias). The rows are stacked, so
+    that a tile of the weight is read once for both; the product that forms the gradient sees the policy's
+    rows only.
 
     Args:
         targets: one tensor: both streams read these tokens; a pair: the policy's and the reward's.
         rows: the row of each target in its stream, in [0, R1) and [0, R2); one tensor serves both streams.
-        policy_logit_bias, reward_logit_bias: the mask of each stream. Others: as in `linear_log_probs`.
+        policy_logit_bias, reward_logit_bias: the mask of each stream.
+        allowed, allowed_row: of the policy's rows. Others: as in `linear_log_probs`.
 
     Returns:
         LogProbs of the policy, log_pf (M1,), log_pterm and lse (R1,), differentiable in policy_hidden, weight
@@ -116,20 +121,15 @@ def policy_reward_log_probs(
         _check_linear(name, policy_hidden, weight, targets[0], rows[0], bias, "policy_hidden"),
         _check_linear(name, reward_hidden, weight, targets[1], rows[1], bias, "reward_hidden"),
     )
-    options = {
-        "termination_token_id": termination_token_id,
-        "logit_scale": logit_scale,
-        "final_logit_softcap": final_logit_softcap,
-        "temperature": temperature,
-        "ignore_index": ignore_index,
-    }
+    options = _options(termination_token_id, logit_scale, final_logit_softcap, temperature, ignore_index)
+    masks = _check_masks(name, policy_hidden, weight, allowed, allowed_row)
     biases = {"policy_logit_bias": policy_logit_bias, "reward_logit_bias": reward_logit_bias}
     for tokens, (arg, logit_bias) in zip(targets, biases.items(), strict=True):
         _check_options(name, tokens, weight, logit_bias=logit_bias, bias_arg=arg, **options)
     targets, bad_targets = _clamped_pair(targets, (weight.shape[0],) * 2, ignore_index)
     rows, bad_rows = _clamped_pair(rows, (policy_hidden.shape[0], reward_hidden.shape[0]))
     streams = linear_ops.policy_reward_log_probs(
-        policy_hidden, reward_hidden, weight, targets, rows, bias=bias, **biases, **options
+        policy_hidden, reward_hidden, weight, targets, rows, bias=bias, **biases, **masks, **options
     )
     return tuple(
         LogProbs(values.marked(pf, *bad), pterm, lse if return_lse else None)
@@ -253,6 +253,25 @@ def _check_linear(
     return rows
 
 
+def _check_masks(
+    name: str, hidden: Tensor, weight: Tensor, allowed: Tensor | None, allowed_row: Tensor | None
+) -> dict[str, Tensor | None]:
+    if allowed is None or allowed_row is None:
+        both = allowed is None and allowed_row is None
+        checks.check(both, name, "allowed", "beside allowed_row", "one of the two", "pass both or neither")
+        return {"allowed": None, "allowed_row": None}
+    width = -(-weight.shape[0] // 8)
+    fix = "pack (U, V) bool with numpy.packbits(..., axis=1, bitorder='little')"
+    checks.check_shape(name, "allowed", allowed, ("U", width), fix)
+    if allowed.dtype != torch.uint8:
+        checks.fail(name, "allowed", "uint8", allowed.dtype, fix, kind=checks.InputTypeError)
+    checks.check_integer(name, "allowed_row", allowed_row)
+    checks.check_shape(name, "allowed_row", allowed_row, (hidden.shape[0],), "pass the mask of every row")
+    checks.check_same_device(name, hidden=hidden, allowed=allowed, allowed_row=allowed_row)
+    values.check_range(name, "allowed_row", allowed_row, allowed.shape[0], low=-1)
+    return {"allowed": allowed, "allowed_row": allowed_row}
+
+
 def check_head(name: str, weight: Tensor, instead: str) -> None:
     if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in DTYPES:
         checks.fail(
@@ -277,6 +296,16 @@ def check_dtype(name: str, arg: str, tensor: Tensor, want: torch.dtype, like: st
     if tensor.dtype != want:
         fix = "cast one of the two"
         checks.fail(name, arg, f"{want} like {like}", tensor.dtype, fix, kind=checks.InputTypeError)
+
+
+def _options(stop, logit_scale, softcap, temperature, ignore_index) -> dict:
+    return {
+        "termination_token_id": stop,
+        "logit_scale": logit_scale,
+        "final_logit_softcap": softcap,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+    }
 
 
 def _check_options(

@@ -67,6 +67,15 @@ def build_tree(
     return tree
 
 
+def node_sequences(tree: TokenTree, nodes: Tensor) -> list[list[int]]:
+    """The tokens of Z that lead to each node."""
+    lengths = tree.length[nodes].long()
+    width = int(lengths.max()) if len(nodes) else 0
+    path = tree_ops.path_nodes(tree.parent, nodes, lengths, width)
+    tokens = tree.tokens[path.clamp(min=0)].tolist()
+    return [row[:n] for row, n in zip(tokens, lengths.tolist(), strict=True)]
+
+
 def _is_state(fields: dict[str, Tensor]) -> Tensor:
     """Where the policy chooses what follows: not where a tool answered, unless a trajectory ends or another
     action follows there."""

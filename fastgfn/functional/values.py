@@ -19,11 +19,11 @@ def are_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or is_debug()
 
 
-def check_range(name: str, arg: str, values: Tensor, high: int) -> None:
-    """Values in [0, high); an empty range is seen without reading any."""
-    if are_read(values) or (high == 0 and values.numel()):
-        bad = values[(values < 0) | (values >= high)]
-        checks.check(not len(bad), name, arg, f"in [0, {high})", bad[:1].tolist(), "correct that entry")
+def check_range(name: str, arg: str, values: Tensor, high: int, low: int = 0) -> None:
+    """Values in [low, high); an empty range is seen without reading any."""
+    if are_read(values) or (high == low and values.numel()):
+        bad = values[(values < low) | (values >= high)]
+        checks.check(not len(bad), name, arg, f"in [{low}, {high})", bad[:1].tolist(), "correct that entry")
 
 
 def clamped(values: Tensor, high: int, ignore: int | None = None) -> tuple[Tensor, Tensor | None]:

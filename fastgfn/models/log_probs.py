@@ -1,7 +1,8 @@
 """Log-probabilities on the nodes of a tree: of a policy, of its reference, or of both from one head pass.
 
 Node-aligned: log_pf (T,) is log p(node's token | its parent), 0 on prompt nodes; log_pterm (T,) is
-log p(stop | node), 0 off the states; float32, or float64 for float64 hidden states.
+log p(stop | node), 0 off the states; float32, or float64 for float64 hidden states. `masked`: each state's p
+is renormalised over what `tree.allowed` lets it choose, which holds the termination tokens' limits too.
 """
 
 from typing import NamedTuple
@@ -23,7 +24,9 @@ class _Reads(NamedTuple):
     index: Tensor
 
 
-def tree_log_probs(model, tree: TokenTree, logit_bias: Tensor | None, no_stop_below: int) -> LogProbs:
+def tree_log_probs(
+    model, tree: TokenTree, logit_bias: Tensor | None, no_stop_below: int, masked: bool
+) -> LogProbs:
     """log p of a Policy or Reference: one forward of the tree; the head sees each hidden row once, or twice
     below `no_stop_below` tokens, where the tokens that follow are under p without the stop token."""
     hidden = model.tree_hidden(tree.tokens, tree.position, tree.end)
@@ -35,6 +38,7 @@ def tree_log_probs(model, tree: TokenTree, logit_bias: Tensor | None, no_stop_be
             rows=_rows(tree, first),
             logit_bias=_on(hidden, logit_bias),
             termination_token_id=tree.constraints.termination_token_id,
+            **_masks(tree, first, masked),
             **_options(model),
         )
         return _renormalised(model, tree, hidden, _on_nodes(tree, first, raw), renormalised, logit_bias)
@@ -46,10 +50,11 @@ def paired_log_probs(
     logit_bias: Tensor | None,
     reference_logit_bias: Tensor | None,
     no_stop_below: int,
+    masked: bool,
 ) -> tuple[LogProbs, LogProbs]:
-    """`tree_log_probs` of a policy, with `logit_bias` and `no_stop_below`, and of its reference, with
-    `reference_logit_bias` and without gradient: two forwards of the tree, then one pass over the head that
-    both share (and the policy's renormalised rows, if any, in one of their own)."""
+    """`tree_log_probs` of a policy, with `logit_bias`, `no_stop_below` and `masked`, and of its reference,
+    with `reference_logit_bias` and without gradient: two forwards of the tree, then one pass over the head
+    that both share (and the policy's renormalised rows, if any, in one of their own)."""
     with phase("score"):
         hidden = policy.tree_hidden(tree.tokens, tree.position, tree.end)
     with phase("reward"):
@@ -68,6 +73,7 @@ def paired_log_probs(
             policy_logit_bias=biases[0],
             reward_logit_bias=biases[1],
             termination_token_id=tree.constraints.termination_token_id,
+            **_masks(tree, first, masked),
             **_options(policy),
         )
         ours = _renormalised(policy, tree, hidden, _on_nodes(tree, first, raw), renormalised, logit_bias)
@@ -97,6 +103,12 @@ def _targets(tree: TokenTree, read: _Reads) -> Tensor:
 def _rows(tree: TokenTree, read: _Reads) -> Tensor:
     every_row = torch.arange(len(read.rows), device=read.index.device)
     return torch.cat([read.index, every_row.repeat(len(tree.constraints.extra_termination_token_ids))])
+
+
+def _masks(tree: TokenTree, read: _Reads, masked: bool) -> dict:
+    if not masked or tree.allowed is None:
+        return {}
+    return {"allowed": tree.allowed, "allowed_row": tree.allowed_row[read.rows]}
 
 
 def _on_nodes(tree: TokenTree, read: _Reads, raw: LogProbs) -> LogProbs:

@@ -128,10 +128,15 @@ class Policy:
         return self.hidden(tokens, position, TreeAttention(TreeMask(end, position)))
 
     def tree_log_probs(
-        self, tree: TokenTree, logit_bias: Tensor | None = None, *, no_stop_below: int = 0
+        self,
+        tree: TokenTree,
+        logit_bias: Tensor | None = None,
+        *,
+        no_stop_below: int = 0,
+        masked: bool = False,
     ) -> LogProbs:
         """Node-aligned log p of this model, see fastgfn.models.log_probs."""
-        return tree_log_probs(self, tree, logit_bias, no_stop_below)
+        return tree_log_probs(self, tree, logit_bias, no_stop_below, masked)
 
     def paired_log_probs(
         self,
@@ -140,9 +145,10 @@ class Policy:
         reference_logit_bias: Tensor | None = None,
         *,
         no_stop_below: int = 0,
+        masked: bool = False,
     ) -> tuple[LogProbs, LogProbs]:
         """`tree_log_probs` of this model and of its reference, which share one pass over the head."""
-        return paired_log_probs(self, tree, logit_bias, reference_logit_bias, no_stop_below)
+        return paired_log_probs(self, tree, logit_bias, reference_logit_bias, no_stop_below, masked)
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -290,10 +296,15 @@ class Reference:
 
     @torch.no_grad()
     def tree_log_probs(
-        self, tree: TokenTree, logit_bias: Tensor | None = None, *, no_stop_below: int = 0
+        self,
+        tree: TokenTree,
+        logit_bias: Tensor | None = None,
+        *,
+        no_stop_below: int = 0,
+        masked: bool = False,
     ) -> LogProbs:
         """Node-aligned log p of the base model, see fastgfn.models.log_probs."""
-        return tree_log_probs(self, tree, logit_bias, no_stop_below)
+        return tree_log_probs(self, tree, logit_bias, no_stop_below, masked)
 
 
 def _address(tensor: Tensor | None) -> object:

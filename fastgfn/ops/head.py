@@ -5,13 +5,15 @@ that chooses one.
     row_pass         chunks of rows: product with float32 output, one row kernel, product P' W
     row_pass_narrow  the same with logits rounded to the input's dtype: 6 bytes per logit instead of 10, but
                      errors of up to 2^-9 of a logit, which lse and P' inherit; for a frozen head
-    fused            lse and logits only, nothing of size V in memory: no gradient of a frozen head
+    fused            lse and logits only, nothing of size V in memory: no gradient of a frozen head, no masks
+                     of rows
 """
 
 import torch
 from torch import Tensor
 
 from fastgfn import checks
+from fastgfn.ops.head_masks import Masks, forbid_, forbidden_entries
 from fastgfn.ops.log_probs_from_logits import triton_runs_on
 
 PROVIDERS = ("tiles", "row_pass", "row_pass_narrow", "fused")
@@ -33,17 +35,18 @@ INTERPRETED_PROGRAMS = 3
 
 
 def choose_provider(
-    function: str, provider: str | None, hidden: Tensor, *, wants_grad: bool, saves_grad: bool
+    function: str, provider: str | None, hidden: Tensor, *, wants_grad: bool, saves_grad: bool, masked: bool
 ) -> str:
     """The provider that serves a call, or an error; None follows the table.
 
     wants_grad: any argument does. saves_grad: the forward pass is to form the gradient of a frozen head.
+    masked: rows have masks of their own.
     """
     device, is_double = hidden.device.type, hidden.dtype == torch.float64
     if provider is None:
         if device == "cpu" or is_double or not triton_runs_on(device):
             return "tiles"
-        return TABLE[hidden.element_size() == 2, wants_grad]
+        return "row_pass" if masked else TABLE[hidden.element_size() == 2, wants_grad]
     known = "None or one of " + ", ".join(repr(p) for p in PROVIDERS)
     checks.check(provider in PROVIDERS, function, "provider", known, repr(provider), "pass None")
     if provider != "tiles" and (is_double or not triton_runs_on(device)):
@@ -53,6 +56,9 @@ def choose_provider(
     if provider == "fused" and saves_grad:
         fix = "pass None, or call it under torch.no_grad()"
         want = "one that forms the gradient of hidden"
+        checks.fail(function, "provider", want, "'fused'", fix, kind=RuntimeError)
+    if provider == "fused" and masked:
+        fix, want = "pass None", "one that masks rows"
         checks.fail(function, "provider", want, "'fused'", fix, kind=RuntimeError)
     if provider == "row_pass_narrow" and hidden.element_size() == 2 and wants_grad and not saves_grad:
         # its backward would set logits made again, unrounded, against the lse of rounded ones
@@ -72,6 +78,7 @@ def forward(
     scales: tuple[float, float | None, float],
     save_row_grad: bool,
     num_policy: int,
+    row_masks: Masks = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The outputs of `fastgfn::linear_log_probs`; log p is NaN for an entry out of range."""
     from fastgfn.kernels import head, head_fused
@@ -80,6 +87,10 @@ def forward(
     masks = None if logit_bias is None else logit_bias.float().reshape(-1, vocab).contiguous()
     bias = None if bias is None else bias.contiguous()
     logits, slope = head.entry_logits(hidden, weight, bias, masks, rows, columns, num_policy, scales)
+    if row_masks is not None:
+        forbidden = forbidden_entries(row_masks, rows, columns)
+        # added: NaN stays
+        logits, slope = logits + torch.where(forbidden, -torch.inf, 0.0), slope.masked_fill(forbidden, 0.0)
     row_grad = logits.new_empty(0)
     if provider == "fused":
         num_programs = INTERPRETED_PROGRAMS
@@ -91,7 +102,9 @@ def forward(
         dtype = hidden.dtype if provider == "row_pass_narrow" else torch.float32
         if save_row_grad:
             row_grad = logits.new_empty(num_policy, hidden.shape[1])
-        lse_parts = _row_pass(dtype, hidden, weight, bias, masks, entries, num_policy, row_grad, scales)
+        lse_parts = _row_pass(
+            dtype, hidden, weight, bias, masks, row_masks, entries, num_policy, row_grad, scales
+        )
     peak, log_total = lse_parts
     own = rows.clamp(0, hidden.shape[0] - 1)
     log_p = (logits - peak[own]) - log_total[own]
@@ -130,6 +143,7 @@ def _row_pass(
     weight: Tensor,
     bias: Tensor | None,
     masks: Tensor | None,
+    row_masks: Masks,
     entries: tuple[Tensor, Tensor, Tensor],
     num_policy: int,
     row_grad: Tensor,  # o of the first rows, written
@@ -149,6 +163,8 @@ def _row_pass(
     for first in range(0, num_rows, step):
         count = min(step, num_rows - first)
         mm(hidden[first : first + count], weight.T, logits[:count, :vocab])
+        # products of -inf are dead to the kernel
+        forbid_(logits[:count, :vocab], row_masks, slice(0, vocab), slice(first, first + count))
         head.row_pass(
             logits[:count],
             p[:count],

@@ -3,13 +3,14 @@
 The vocabulary is cut into tiles and is the outer loop: the weight is read once per pass, a tile of logits
 stays in cache, and the weight gradient of a tile is written once. Entries are sorted by column, so those of a
 tile are one range. Equations: `reference/linear_log_probs.py`. On CPU the bfloat16 forward is one C++ pass
-where that runs (`ops/head_csrc.py`); elsewhere, torch in float32.
+where that runs (`ops/head_csrc.py`); elsewhere, and with masks of rows, torch in float32.
 """
 
 import torch
 from torch import Tensor
 
 from fastgfn.ops.head_csrc import rest_by_csrc, uses_csrc
+from fastgfn.ops.head_masks import Masks, forbid_, forbidden_entries
 from fastgfn.ops.linear import product
 
 # Logits of one tile are (R, VOCAB_TILE); wider tiles leave the cache and were slower at every R.
@@ -30,16 +31,16 @@ def forward(
     scales: Scales,
     save_row_grad: bool,
     graded: int,
+    masks: Masks = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The outputs of `fastgfn::linear_log_probs`; rows below `graded` get an o."""
-    rest = rest_by_csrc if uses_csrc(hidden, weight) else rest_by_tiles
-    return _with_entries(
-        rows, *rest(hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded)
-    )
+    args = (hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded)
+    is_csrc = masks is None and uses_csrc(hidden, weight)
+    return _with_entries(rows, *(rest_by_csrc(*args) if is_csrc else rest_by_tiles(*args, masks)))
 
 
 def rest_by_tiles(
-    hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded
+    hidden, weight, bias, logit_bias, rows, columns, scales, save_row_grad, graded, masks=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Entries' logits and softcap' (E,); of all other columns, the maximum m (R,), the sum of exp(z - m) (R,)
     and, per graded row, the sum of exp(z - m) softcap' W (graded, D) or (0,)."""
@@ -52,6 +53,7 @@ def rest_by_tiles(
     for span, own in _tiles(columns, weight.shape[0]):
         w = weight[span].to(x.dtype)
         z, s = transform(product(x, w), bias, logit_bias, span, scales, graded)
+        forbid_(z, masks, span)
         at = (rows[own], columns[own] - span.start)
         logits[own] = z[at]
         if s is not None:
@@ -65,6 +67,8 @@ def rest_by_tiles(
             if s is not None:
                 z.mul_(s)
             row_grad.mul_(shrink[:graded]).add_(product(z[:graded], w.T))
+    if masks is not None:
+        slope.masked_fill_(forbidden_entries(masks, rows, columns), 0.0)
     return logits, slope, peak[:, 0], total[:, 0], row_grad
 
 
@@ -122,6 +126,7 @@ def backward(
     scales: Scales,
     graded: int,
     needs: list[bool],
+    masks: Masks = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d hidden (R, D), d weight (V, D), d bias (V,), each (0,) if not needed; the logits are recomputed."""
     x = _scaled_hidden(hidden, scales)
@@ -135,6 +140,7 @@ def backward(
     for span, own in _tiles(columns, weight.shape[0]):
         w = weight[span]
         z, s = transform(product(x, w.to(x.dtype)), bias, logit_bias, span, scales, graded)
+        forbid_(z, masks, span)
         z.sub_(peak).sub_(log_total).exp_().mul_(rest[:, None])
         if s is not None:
             z.mul_(s)

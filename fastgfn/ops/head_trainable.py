@@ -7,7 +7,7 @@ be, so that d W of a span is written once; 16-bit inputs are summed in float32. 
 import torch
 from torch import Tensor
 
-from fastgfn.ops import head, head_tiles
+from fastgfn.ops import head, head_masks, head_tiles
 
 
 def backward(
@@ -25,6 +25,7 @@ def backward(
     scales: head_tiles.Scales,
     graded: int,
     needs: list[bool],
+    masks: head_masks.Masks = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d hidden (R, D), d weight (V, D), d bias (V,), each (0,) if not needed."""
     num_rows, vocab = hidden.shape[0], weight.shape[0]
@@ -49,6 +50,7 @@ def backward(
         head.mm(hidden, w.T, z)
         z.mul_(head_tiles.hidden_scale(scales))
         _, s = head_tiles.transform(z, bias, logit_bias, span, scales, graded)
+        head_masks.forbid_(z, masks, span)
         z.sub_(peak).sub_(log_total).exp_().mul_(rest)
         if s is not None:
             z.mul_(s)

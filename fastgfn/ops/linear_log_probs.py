@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastgfn._C  # noqa: F401
-from fastgfn.ops import head, head_entries, head_tiles, head_trainable
+from fastgfn.ops import head, head_entries, head_masks, head_tiles, head_trainable
 
 
 def linear_log_probs(
@@ -28,6 +28,8 @@ def linear_log_probs(
     ignore_index: int,
     provider: str | None = None,
     num_policy: int | None = None,
+    allowed: Tensor | None = None,  # (U, ceil(V / 8)) uint8
+    allowed_row: Tensor | None = None,  # (R,) int32 | int64
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """log_pf (M,), log_pterm (R,) or None, lse (R,); see `functional.log_probs.linear_log_probs`.
 
@@ -46,31 +48,24 @@ def linear_log_probs(
     wants_grad = _wants_grad(hidden, weight, bias)
     save_row_grad = wants_grad and _is_frozen(weight, bias)
     function = "linear_log_probs" if num_policy is None else "policy_reward_log_probs"
-    provider = head.choose_provider(
-        function, provider, hidden, wants_grad=wants_grad, saves_grad=save_row_grad
-    )
+    needs = {"wants_grad": wants_grad, "saves_grad": save_row_grad, "masked": allowed is not None}
+    provider = head.choose_provider(function, provider, hidden, **needs)
     if provider == "tiles":
         rows, columns, slot = head_entries.by_column(rows, columns, num_rows)
     else:
         rows, columns, slot = head_entries.by_row(rows, columns, num_rows, weight.shape[0])
     log_p, lse, *_ = torch.ops.fastgfn.linear_log_probs(
-        hidden,
-        weight,
-        bias,
-        logit_bias,
-        rows,
-        columns,
-        logit_scale,
-        final_logit_softcap,
-        temperature,
-        save_row_grad,
-        provider,
-        num_policy,
-    )
+        hidden, weight, bias, logit_bias, rows, columns, logit_scale, final_logit_softcap, temperature,
+        save_row_grad, provider, num_policy, allowed, None if allowed_row is None else allowed_row.long(),
+    )  # fmt: skip
     # Their gradients add in a fixed order: that of index_select on a CPU, that of indexing on a GPU.
     log_p = log_p.index_select(0, slot) if provider == "tiles" else log_p[slot]
     log_pf = log_p[:num_targets].masked_fill(ignored, 0.0)
     return log_pf, None if termination_token_id is None else log_p[num_targets:], lse
+
+
+def _masks(allowed: Tensor | None, allowed_row: Tensor | None) -> head_masks.Masks:
+    return None if allowed is None or allowed_row is None else (allowed, allowed_row)
 
 
 def _is_frozen(weight: Tensor, bias: Tensor | None) -> bool:
@@ -88,12 +83,15 @@ def policy_reward_log_probs(
     targets: tuple[Tensor, Tensor],  # (M1,), (M2,)
     rows: tuple[Tensor, Tensor],  # (M1,) in [0, R1), (M2,) in [0, R2)
     *,
+    allowed_row: Tensor | None = None,  # (R1,)
     policy_logit_bias: Tensor | None,
     reward_logit_bias: Tensor | None,
     **options,  # of linear_log_probs
 ) -> list[tuple[Tensor, Tensor | None, Tensor]]:
     """`linear_log_probs` of both streams in one pass over the head; the second without gradient."""
     num_policy, num_targets = policy_hidden.shape[0], targets[0].shape[0]
+    if allowed_row is not None:
+        allowed_row = torch.nn.functional.pad(allowed_row, (0, reward_hidden.shape[0]), value=-1)
     biases = (policy_logit_bias, reward_logit_bias)
     given = [b for b in biases if b is not None]
     log_pf, log_pterm, lse = linear_log_probs(
@@ -105,6 +103,7 @@ def policy_reward_log_probs(
         if given
         else None,
         num_policy=num_policy,
+        allowed_row=allowed_row,
         **options,
     )
     stops = (None, None)
@@ -128,14 +127,16 @@ def _linear_log_probs(
     save_row_grad: bool,
     provider: str = "tiles",
     num_policy: int | None = None,
+    allowed: Tensor | None = None,  # (U, ceil(V / 8)) uint8
+    allowed_row: Tensor | None = None,  # (R,) int64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """log p (E,), lse (R,), softcap' (E,), the parts of lse (2, R): maximum and rest, o or (0,).
 
-    o is (R, D), or (num_policy, D).
+    o is (R, D), or (num_policy, D). Where the row's mask forbids the entry, softcap' is 0.
     """
     scales = (logit_scale, softcap, temperature)
     graded = hidden.shape[0] if num_policy is None else num_policy
-    options = (rows, columns, scales, save_row_grad, graded)
+    options = (rows, columns, scales, save_row_grad, graded, _masks(allowed, allowed_row))
     if provider == "tiles":
         return head_tiles.forward(hidden, weight, bias, logit_bias, *options)
     return head.forward(provider, hidden, weight, bias, logit_bias, *options)
@@ -181,20 +182,22 @@ def _backward(
     num_policy: int | None,
     needs: list[bool],  # d hidden, d weight, d bias
     provider: str,
+    allowed: Tensor | None = None,
+    allowed_row: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d hidden (R, D), d weight (V, D), d bias (V,), each (0,) if not needed; the logits are recomputed."""
     run = head_tiles.backward if provider == "tiles" else head_trainable.backward
     graded = hidden.shape[0] if num_policy is None else num_policy
     return run(
         grad_log_p, grad_lse, hidden, weight, bias, logit_bias, rows, columns, log_p, slope, lse_parts,
-        (logit_scale, softcap, temperature), graded, needs,
+        (logit_scale, softcap, temperature), graded, needs, _masks(allowed, allowed_row),
     )  # fmt: skip
 
 
 @_linear_log_probs.register_fake
 def _(
     hidden, weight, bias, logit_bias, rows, columns, logit_scale, softcap, temperature, save_row_grad,
-    provider="tiles", num_policy=None,
+    provider="tiles", num_policy=None, allowed=None, allowed_row=None,
 ):  # fmt: skip
     (num_rows, width), num_entries = hidden.shape, rows.shape[0]
     row_grad = (num_rows if num_policy is None else num_policy, width) if save_row_grad else (0,)
@@ -211,7 +214,7 @@ def _(grad_log_p, grad_lse, weight, rows, columns, log_p, slope, row_grad, facto
 @_backward.register_fake
 def _(
     grad_log_p, grad_lse, hidden, weight, bias, logit_bias, rows, columns, log_p, slope,
-    lse_parts, logit_scale, softcap, temperature, num_policy, needs, provider,
+    lse_parts, logit_scale, softcap, temperature, num_policy, needs, provider, allowed=None, allowed_row=None,
 ):  # fmt: skip
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(weight.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
@@ -219,13 +222,14 @@ def _(
 
 def _save(ctx, inputs, output):
     hidden, weight, bias, logit_bias, rows, columns, *ctx.scales, ctx.has_row_grad = inputs[:10]
-    ctx.provider, ctx.num_policy = inputs[10:]
+    ctx.provider, ctx.num_policy, *masks = inputs[10:]
     log_p, _, slope, lse_parts, row_grad = output
     ctx.mark_non_differentiable(slope, lse_parts, row_grad)
     if ctx.has_row_grad:
         ctx.save_for_backward(weight, rows, columns, log_p, slope, row_grad)
     else:
-        ctx.save_for_backward(hidden, weight, bias, logit_bias, rows, columns, log_p, slope, lse_parts)
+        call = (hidden, weight, bias, logit_bias, rows, columns)
+        ctx.save_for_backward(*call, log_p, slope, lse_parts, *masks)
 
 
 def _gradient(ctx, grad_log_p, grad_lse, *unused):
@@ -234,12 +238,12 @@ def _gradient(ctx, grad_log_p, grad_lse, *unused):
         grad = torch.ops.fastgfn.linear_log_probs_frozen_backward(
             grad_log_p, grad_lse, *ctx.saved_tensors, factor, ctx.provider
         )
-        return grad, *[None] * 11
+        return grad, *[None] * 13
     needs = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.fastgfn.linear_log_probs_backward(
-        grad_log_p, grad_lse, *ctx.saved_tensors, *ctx.scales, ctx.num_policy, needs, ctx.provider
-    )
-    return *[g if need else None for g, need in zip(grads, needs, strict=True)], *[None] * 9
+    *saved, allowed, allowed_row = ctx.saved_tensors
+    options = (*ctx.scales, ctx.num_policy, needs, ctx.provider, allowed, allowed_row)
+    grads = torch.ops.fastgfn.linear_log_probs_backward(grad_log_p, grad_lse, *saved, *options)
+    return *[g if need else None for g, need in zip(grads, needs, strict=True)], *[None] * 11
 
 
 torch.library.register_autograd("fastgfn::linear_log_probs", _gradient, setup_context=_save)

@@ -29,6 +29,8 @@ def linear_log_probs(
     logit_scale: float = 1.0,
     final_logit_softcap: float | None = None,
     temperature: float = 1.0,
+    allowed: Tensor | None = None,  # (U, ceil(V / 8)) uint8
+    allowed_row: Tensor | None = None,  # (R,)
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """log_pf (M,), log_pterm (R,) or None, and lse (R,), in the dtype of `hidden`, from all (R, V) logits."""
@@ -36,6 +38,10 @@ def linear_log_probs(
     if final_logit_softcap is not None:
         logits = final_logit_softcap * torch.tanh(logits / final_logit_softcap)
     logits = (logits + (0.0 if logit_bias is None else logit_bias)) / temperature
+    if allowed is not None:
+        bits = (allowed[:, :, None] >> torch.arange(8, device=allowed.device)) & 1
+        forbidden = (bits.flatten(1)[:, : weight.shape[0]] == 0)[allowed_row] & (allowed_row >= 0)[:, None]
+        logits = logits.masked_fill(forbidden, -torch.inf)
     log_p = logits.log_softmax(dim=1)
     rows = torch.arange(hidden.shape[0], device=hidden.device) if rows is None else rows
     ignored = targets == ignore_index
@@ -53,12 +59,15 @@ def policy_reward_log_probs(
     rows: tuple[Tensor, Tensor],  # (M1,), (M2,)
     policy_logit_bias: Tensor | None = None,  # (V,)
     reward_logit_bias: Tensor | None = None,  # (V,)
+    allowed: Tensor | None = None,
+    allowed_row: Tensor | None = None,
     **options,  # of linear_log_probs
 ) -> list[tuple[Tensor, Tensor | None, Tensor]]:
     """`linear_log_probs` of the policy's and of the reward model's rows, the second without gradient."""
     policy = linear_log_probs(
-        policy_hidden, weight, targets[0], rows=rows[0], logit_bias=policy_logit_bias, **options
-    )
+        policy_hidden, weight, targets[0], rows=rows[0], logit_bias=policy_logit_bias,
+        allowed=allowed, allowed_row=allowed_row, **options,
+    )  # fmt: skip
     with torch.no_grad():
         reward = linear_log_probs(
             reward_hidden, weight, targets[1], rows=rows[1], logit_bias=reward_logit_bias, **options

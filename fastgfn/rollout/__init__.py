@@ -9,15 +9,16 @@ trajectories.py  what was drawn
 draws.py         the next token of every trajectory of a step
 nodes.py         which nodes of the growing token tree exist
 options.py       what the behaviour policy adds to the policy
-hooks.py         grammars, tools
+hooks.py         tools
 drafts.py        what is drafted ahead: prompt n-grams, a draft model
 """
 
 from fastgfn.rollout.drafts import Drafter, DraftRequest, Drafts, DraftSource, ModelDrafts, PromptLookup
 from fastgfn.rollout.engine import OutOfMemory
-from fastgfn.rollout.hooks import Grammar, Tool
+from fastgfn.rollout.hooks import Tool
 from fastgfn.rollout.options import SamplingOptions
 from fastgfn.rollout.sampling import check_prompts, sample
+from fastgfn.types import Grammar
 
 __all__ = [
     "DraftRequest",

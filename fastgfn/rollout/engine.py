@@ -20,10 +20,10 @@ from fastgfn.ops.attention import TreeMask
 from fastgfn.phases import phase
 from fastgfn.rollout.drafts import DraftRequest, Drafts
 from fastgfn.rollout.draws import Drawer
-from fastgfn.rollout.hooks import Grammar, Tool
+from fastgfn.rollout.hooks import Tool
 from fastgfn.rollout.nodes import NodePool, PrefixTree, in_parts
 from fastgfn.rollout.trajectories import Trajectories
-from fastgfn.types import Constraints, Rollouts
+from fastgfn.types import Constraints, Grammar, Rollouts
 
 # Prompt tokens of one prefill.
 PREFILL_TOKENS = 4096

@@ -1,16 +1,7 @@
-"""What users may plug into sampling beside drafts: grammars and tools."""
+"""What users may plug into sampling, beside grammars (fastgfn.types) and drafts: tools."""
 
 from collections.abc import Sequence
 from typing import Protocol
-
-from torch import Tensor
-
-
-class Grammar(Protocol):
-    """Which tokens may follow, a part of the policy q: log-probs are renormalised over them."""
-
-    def allowed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """(K, V) bool for K prefixes of Z, the termination token's column included; none may be all False."""
 
 
 class Tool(Protocol):

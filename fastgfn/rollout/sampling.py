@@ -13,10 +13,10 @@ from fastgfn.phases import phase
 from fastgfn.rollout.drafts import Drafts
 from fastgfn.rollout.draws import Drawer
 from fastgfn.rollout.engine import Engine, Request, is_out_of_memory
-from fastgfn.rollout.hooks import Grammar, Tool
+from fastgfn.rollout.hooks import Tool
 from fastgfn.rollout.options import SamplingOptions
 from fastgfn.rollout.static import StaticEngine
-from fastgfn.types import Constraints, Rollouts
+from fastgfn.types import Constraints, Grammar, Rollouts
 
 # Merging the adapter costs one pass over the weights, which this many decode steps without it repay.
 MERGE_FROM = 6
@@ -54,6 +54,7 @@ def sample(
             log-probs that enter a loss never see it: they come from `score`.
         options: filters, uniform draws and given prefixes of the behaviour policy.
         grammar: which tokens may follow each sequence; part of q, whose log-probs are renormalised over them.
+            `pack` needs it, too. At max_length a sequence ends, whether or not the grammar accepts it.
         tool: appends observations to a sequence; they count towards max_length, which cuts them off.
         drafts: guesses of the next tokens, verified in the same passes. They change no draw; the acceptance
             is counted in the object.

@@ -1,0 +1,30 @@
+"""Masks of the head's rows: which columns each may choose, U distinct sets in packed bits.
+
+bits (U, ceil(V / 8)) uint8, of column v bit v % 8 of byte v // 8; mask (R,) int64, which set is a row's, -1
+for all columns. Only spans of the vocabulary, or entries, are ever unpacked.
+"""
+
+import torch
+from torch import Tensor
+
+Masks = tuple[Tensor, Tensor] | None
+
+
+def forbid_(z: Tensor, masks: Masks, span: slice, rows: slice = slice(None)) -> Tensor:
+    """z (rows of `rows`, width of the span) with -inf, in place, where a row may not choose the column."""
+    if masks is None:
+        return z
+    bits, mask = masks[0], masks[1][rows, None]
+    own = bits[:, span.start // 8 : -(-span.stop // 8)][mask[:, 0].clamp(min=0)]
+    own = own.bitwise_not_().masked_fill_(mask < 0, 0)
+    forbidden = (own[:, :, None] & (1 << torch.arange(8, device=z.device)).byte()) != 0
+    return z.masked_fill_(forbidden.flatten(1)[:, span.start % 8 :][:, : z.shape[1]], -torch.inf)
+
+
+def forbidden_entries(masks: Masks, rows: Tensor, columns: Tensor) -> Tensor:
+    """(E,) bool, the row may not choose the column; rows past the end take any."""
+    assert masks is not None
+    bits, mask = masks
+    own = torch.nn.functional.pad(mask, (0, 1), value=-1)[rows.clamp(0, len(mask))]
+    at = columns.clamp(0, 8 * bits.shape[1] - 1)
+    return ((bits[own.clamp(min=0), at >> 3] >> (at & 7).byte()) & 1).eq(0) & (own >= 0)
