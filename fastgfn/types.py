@@ -246,7 +246,7 @@ class TokenTree:
     def _may_stop(self) -> Tensor:
         """(T,) bool: some termination token is allowed, or none is asked for."""
         stops = self.constraints.termination_token_ids
-        may = torch.stack([self.allowed[:, s // 8] >> (s % 8) & 1 for s in stops]).any(0)
+        may = torch.stack([self.allowed[:, s // 8] >> (s % 8) & 1 for s in stops]).bool().any(0)
         return may[self.allowed_row.clamp(min=0)] | (self.allowed_row < 0)
 
     @property

@@ -68,17 +68,6 @@ def test_a_grammar_bounds_the_draws_and_renormalises_the_log_probs(tiny_policy, 
                 assert float(rollouts.log_pf[n, k]) == pytest.approx(float(masked[z[k]]), abs=1e-5)
 
 
-def test_rollouts_under_a_grammar_are_not_packed_for_a_score_that_ignores_it(tiny_policy):
-    options = dict(policy=tiny_policy(vocab=9), constraints=Constraints(0, max_length=4), num_samples=2)
-    free, bound = sample([[1]], **options), sample([[1]], grammar=EvenThenOdd(9), **options)
-    pack(free)
-    for rollouts in (bound, free.extended(bound)):
-        with pytest.raises(
-            InputError, match="pack: rollouts must be drawn without a grammar, got one; score"
-        ):
-            pack(rollouts)
-
-
 def test_grammar_draws_follow_the_masked_distribution(tiny_policy):
     policy, constraints, grammar = tiny_policy(vocab=5), Constraints(0, max_length=3), EvenThenOdd(5)
     draws = 100_000

@@ -117,7 +117,10 @@ def _on_nodes(tree: TokenTree, read: _Reads, raw: LogProbs) -> LogProbs:
     log_pterm = raw.log_pterm
     if tree.constraints.extra_termination_token_ids:
         others = raw.log_pf[len(read.nodes) :].view(-1, len(read.rows))
-        log_pterm = torch.cat([log_pterm[None], others]).logsumexp(0)
+        every = torch.cat([log_pterm[None], others])
+        # where none is allowed, logsumexp has no gradient but nan
+        never = (every == -torch.inf).all(0)
+        log_pterm = every.masked_fill(never, 0.0).logsumexp(0).masked_fill(never, -torch.inf)
     log_pterm = zeros.index_copy(0, read.rows, log_pterm).masked_fill(~tree.is_state, 0.0)
     log_pf = zeros.index_copy(0, read.nodes, raw.log_pf[: len(read.nodes)])
     return LogProbs(log_pf=log_pf, log_pterm=log_pterm)
