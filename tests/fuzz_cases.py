@@ -8,6 +8,7 @@ import functools
 import math
 import os
 
+import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -150,12 +151,22 @@ def logits_cases(draw, dtypes=ALL_DTYPES, vocabularies=(1, 2, 3, 7, 33)):
     return inputs, ("logits",), source.pick(*dtypes), source.pick(*UPSTREAMS)
 
 
+def row_masks(source, vocab, kept, num_rows):
+    """Masks in packed bits, which all allow the token that is kept, and the mask of each row or -1."""
+    num_masks = source.size(1, 3)
+    allowed = source.where(source.pick(0.5, 0.02, 0.98), num_masks, vocab)
+    allowed[:, kept] = True
+    bits = torch.from_numpy(np.packbits(allowed.numpy(), axis=1, bitorder="little"))
+    return {"allowed": bits, "allowed_row": source.integers(-1, num_masks, num_rows)}
+
+
 @st.composite
 def head_cases(
     draw, dtypes=ALL_DTYPES, vocabularies=(1, 2, 3, 7, 33), widths=tuple(range(7)), weights=LAYOUTS,
-    streams=1, trainable=True, largest=8.0,
+    streams=1, trainable=True, largest=8.0, masked=True,
 ):  # fmt: skip
-    """linear_log_probs, or with two streams policy_reward_log_probs; largest: most scale of the rows."""
+    """linear_log_probs, or with two streams policy_reward_log_probs; largest: most scale of the rows; masked:
+    rows may have masks of their own."""
     source = Source(draw)
     vocab, width = source.pick(*vocabularies), source.pick(*widths)
     options, kept = logit_options(source, vocab)
@@ -172,6 +183,8 @@ def head_cases(
     inputs["weight"] = source.normal(vocab, width, scale=max(width, 1) ** -0.5, layout=source.pick(*weights))
     inputs["bias"] = source.normal(vocab) if source.flag() else None
     inputs |= {"targets": tuple(tokens), "rows": tuple(rows)}
+    if masked and source.flag():
+        inputs |= row_masks(source, vocab, kept, len(inputs[names[0]]))
     if streams == 1:
         inputs |= {"targets": tokens[0], "rows": rows[0]}
         if len(tokens[0]) == len(inputs["hidden"]) and source.flag():

@@ -9,9 +9,13 @@ import torch
 from automaton import Automaton, digits
 
 from fastgfn.checks import InputError, MissingPackageError
+from fastgfn.config import TrainConfig
+from fastgfn.evaluate import divergence, sequence_log_probs
 from fastgfn.integrations.grammars import LLGuidanceGrammar, PrefixGrammar, XGrammar
 from fastgfn.models import bundled_model_folder, load_policy
+from fastgfn.rewards import SequenceReward
 from fastgfn.rollout import sample
+from fastgfn.train import Trainer
 from fastgfn.types import Constraints
 
 V = 49152
@@ -147,6 +151,28 @@ def test_sampled_numbers_are_accepted_and_log_probs_renormalised(
         density = float(own.sum() + want[-1, 2])
         assert float(rollouts.log_behavior[n]) == pytest.approx(density, abs=1e-5)
     assert len(lengths) > 1
+
+
+def test_training_reaches_the_posterior_on_the_language(make, tiny_policy, texts):
+    """Its truth comes from the automaton; the two packages allow every spelling."""
+    policy, limits = tiny_policy(vocab=V, dtype=torch.float32, rank=8), Constraints(2, max_length=2)
+    edges = {0: dict.fromkeys("0123456789", 1), 1: {"x": 2}, 2: {}}
+    grammar, truth = make("regex", "[0-9]x?", 2), Automaton(edges, {1, 2}, texts, 2)
+    reward = SequenceReward(lambda zs: [-0.2 * sum(t % 7 for t in z) for z in zs])
+    space = [[int(t)] for t in truth.row(0).nonzero()[:, 0]]
+    space += [[*z, int(t)] for z in space for t in truth.row(1).nonzero()[:, 0] if t != 2]
+    target = torch.tensor(reward.function(space), dtype=torch.float64).log_softmax(0)
+    trainer = Trainer(
+        policy, prompts=[[1, 5]], reward=reward, constraints=limits, grammar=grammar,
+        config=TrainConfig(num_samples=32, replay_samples=0, learning_rate=3e-2, steps=40),
+    )  # fmt: skip
+    distances = []
+    for _ in range(2):
+        log_q, _ = sequence_log_probs([1, 5], space, policy=policy, constraints=limits, grammar=grammar)
+        assert float(log_q.exp().sum()) == pytest.approx(1.0, abs=1e-5)
+        distances.append(divergence(log_q, target, 0.0).tv)
+        drifts = [trainer.step()["drift"] for _ in range(40)]
+    assert max(drifts) < 1e-5 and distances[0] > 0.2 and distances[1] < 0.05
 
 
 @pytest.mark.slow

@@ -213,22 +213,8 @@ def test_opcheck(provider, trainable):
     hidden, weight, bits, row = (inputs[n].to(device) for n in ("hidden", "weight", "allowed", "allowed_row"))
     hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_(trainable)
     rows, columns = torch.tensor([0, 1, 2], device=device), torch.tensor([4, 4, 9], device=device)
-    args = (
-        hidden,
-        weight,
-        None,
-        None,
-        rows,
-        columns,
-        1.0,
-        5.0,
-        1.3,
-        not trainable,
-        provider,
-        None,
-        bits,
-        row,
-    )
+    options = (1.0, 5.0, 1.3, not trainable, provider, None, bits, row)
+    args = (hidden, weight, None, None, rows, columns, *options)
     torch.library.opcheck(torch.ops.fastgfn.linear_log_probs.default, args)
 
 
