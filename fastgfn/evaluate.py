@@ -41,6 +41,8 @@ def sequence_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Exact log q of whole sequences, the stop included, and of stopping at once, in one tree forward.
 
+    grammar: the one that q is drawn under, if any.
+
     Returns:
         log_q: (S,) float64, log q(Z) for each sequence.
         log_stop: () float64, log q(stop | s_0); 0 if the empty sequence may not stop.

@@ -23,8 +23,8 @@ Reward = Callable[[TokenTree], Tensor]
 class LMReward:
     """log p(X Z stop) - log p(X) of the base model, for all prefixes in one forward of the tree.
 
-    It knows no grammar: under one, the posterior that q learns is p restricted to the grammar's sequences and
-    renormalised over them, p conditioned on the grammar.
+    It knows no grammar. What q learns under one is this p restricted to what q can draw, the grammar's
+    sequences and those that max_length cuts, and renormalised: p conditioned on the grammar.
 
     Args:
         reference: `policy.reference`.

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from torch.profiler import profile
 
 from fastgfn import checks
 from fastgfn.functional import log_probs as public
@@ -216,6 +217,17 @@ def test_opcheck(provider, trainable):
     options = (1.0, 5.0, 1.3, not trainable, provider, None, bits, row)
     args = (hidden, weight, None, None, rows, columns, *options)
     torch.library.opcheck(torch.ops.fastgfn.linear_log_probs.default, args)
+
+
+def test_no_matrix_of_rows_by_vocabulary():
+    inputs = make_inputs(64, 4096, 4, 64)
+    for leaves in (("hidden",), ("hidden", "weight")):
+        largest = []
+        for function in (by_provider("tiles"), plain.linear_log_probs):
+            with profile(profile_memory=True) as trace:
+                run(function, inputs, torch.float32, leaves)
+            largest.append(max(event.self_cpu_memory_usage for event in trace.events()))
+        assert largest[0] <= 64 * 512 * 4 + 1024 < 64 * 4096 * 4 <= largest[1]
 
 
 ROWS, BITS = torch.tensor([0, -1]), torch.full((1, 1), 255, dtype=torch.uint8)

