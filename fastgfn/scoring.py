@@ -13,7 +13,8 @@ def score(tree: TokenTree, *, policy: Policy | Reference) -> LogProbs:
         below min_length   log q(z) = log p(z | not stop); stopping is impossible
         at max_length      log q(stop) = 0
         otherwise          log q = log p
-    Under a grammar, p is the softmax over the tokens that it allows (`tree.allowed`). Under "own", log q = log p everywhere.
+    Under a grammar, p is the softmax over the tokens that it allows in the state, see `pack`. Under "own",
+    log q = log p everywhere.
 
     Returns:
         LogProbs, node-aligned (see LogProbs), float32 (float64 for a float64 model), differentiable in the
