@@ -337,17 +337,19 @@ def test_trainable_head_by_spans(monkeypatch, dtype):
 
 
 def test_the_table():
-    def chosen(device, dtype, wants_grad):
+    def chosen(device, dtype, wants_grad, masked=False):
         hidden = SimpleNamespace(
             device=torch.device(device), dtype=dtype, element_size=lambda: dtype.itemsize
         )
-        return head.choose_provider("f", None, hidden, wants_grad=wants_grad, saves_grad=wants_grad)
+        options = {"wants_grad": wants_grad, "saves_grad": wants_grad, "masked": masked}
+        return head.choose_provider("f", None, hidden, **options)
 
     for wants_grad in (False, True):
         assert chosen("cpu", torch.bfloat16, wants_grad) == "tiles"
         assert chosen("cuda", torch.float64, wants_grad) == "tiles"
         assert chosen("cuda", torch.float32, wants_grad) == "row_pass"
         assert chosen("cuda", torch.float16, wants_grad) == ("row_pass" if wants_grad else "fused")
+        assert chosen("cuda", torch.float16, wants_grad, masked=True) == "row_pass"
 
 
 def test_refuses_what_a_provider_cannot_do(monkeypatch):

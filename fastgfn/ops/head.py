@@ -35,7 +35,13 @@ INTERPRETED_PROGRAMS = 3
 
 
 def choose_provider(
-    function: str, provider: str | None, hidden: Tensor, *, wants_grad: bool, saves_grad: bool, masked: bool = False
+    function: str,
+    provider: str | None,
+    hidden: Tensor,
+    *,
+    wants_grad: bool,
+    saves_grad: bool,
+    masked: bool = False,
 ) -> str:
     """The provider that serves a call, or an error; None follows the table.
 
