@@ -29,6 +29,7 @@ TORCH_LIBRARY(fastgfn, m) {
   m.def(
       "path_attention(Tensor query, Tensor keys, Tensor values, Tensor path, Tensor length, float scale, "
       "float softcap, int window, Tensor? tiles=None, Tensor? depth=None) -> Tensor");
+  m.def("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor values, Tensor scale)");
   m.def(
       "head_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? logit_bias, Tensor rows, "
       "Tensor columns, float scale, float softcap, bool want_grad) -> (Tensor logits, Tensor slope, Tensor peak, "

@@ -49,8 +49,9 @@ class TrainConfig:
     """Most nodes of a token tree in one pass. A larger one is scored and differentiated in parts of whole
     sequences, with equal gradients and less memory; None: always one pass."""
     rollout_precision: str | None = None
-    """Precision of the weights that sequences are drawn with: "bfloat16", or None for the base's own. The
-    loss does not see it; `drift` among the metrics says how far such a sampler is from the policy."""
+    """Precision of the weights that sequences are drawn with: "bfloat16", "int8" (on a CPU), "float8_e4m3fn"
+    (on a GPU), or None for the base's own. The loss does not see it; `drift` among the metrics says how far
+    such a sampler is from the policy."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of every layer for the backward pass, which runs the layer again: equal
     gradients, less memory, one more forward."""
@@ -109,7 +110,9 @@ class TrainConfig:
         self._need(0.0 <= self.replay_tolerance <= 1.0, "replay_tolerance", "in [0, 1]")
         self._need(self.replay_duplicates in ("near", "exact"), "replay_duplicates", "'near' or 'exact'")
         self._need(self.replay_priority in ("reward", "uniform"), "replay_priority", "'reward' or 'uniform'")
-        self._need(self.rollout_precision in (None, "bfloat16"), "rollout_precision", "'bfloat16' or None")
+        known = ("bfloat16", "int8", "float8_e4m3fn")
+        known_or_none = self.rollout_precision in (None, *known)
+        self._need(known_or_none, "rollout_precision", f"one of {known} or None")
         names = ("group", "batch", "trajectory")
         self._need(self.normalization in names, "normalization", f"one of {names}")
 

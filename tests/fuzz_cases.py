@@ -317,6 +317,18 @@ def linear_cases(draw, with_lora):
 
 
 @st.composite
+def quantized_cases(draw):
+    """x, weight and bias of a product in 8 bits, and the dtype; float8 takes multiples of 16."""
+    source = Source(draw)
+    dtype = source.pick(torch.int8, torch.float8_e4m3fn)
+    least, unit = (0, 1) if dtype == torch.int8 else (1, 16)
+    rows, width, out = source.size(0, 5), unit * source.size(least, 9), unit * source.size(least, 9)
+    x, weight = source.normal(rows, width, scale=source.pick(1.0, 1e3)), source.normal(out, width)
+    bias = source.normal(out) if source.flag() else None
+    return [t if t is None else t.to(torch.float32) for t in (x, weight, bias)], dtype
+
+
+@st.composite
 def gate_cases(draw):
     source = Source(draw)
     shape = [source.size(0, 4) for _ in range(source.size(0, 3))]

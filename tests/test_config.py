@@ -40,6 +40,8 @@ def test_a_mapping_round_trips_and_an_unknown_key_names_the_closest():
         ("steps", 0),
         ("max_tokens", 0),
         ("max_tokens", 1.5),
+        ("rollout_precision", "int4"),
+        ("rollout_precision", "float16"),
         ("max_tokens", True),
         ("gradient_checkpointing", 1),
         ("gradient_checkpointing", "yes"),

@@ -20,6 +20,7 @@ from fuzz_cases import (
     norm_cases,
     path_attention_cases,
     public,
+    quantized_cases,
     rope_cases,
     row_gate_cases,
     shared_path_cases,
@@ -50,6 +51,7 @@ from fastgfn.reference import decode_layer as layer_truth
 from fastgfn.reference import linear as linear_truth
 from fastgfn.reference import linear_log_probs as head_truth
 from fastgfn.reference import log_probs_from_logits as logits_truth
+from fastgfn.reference import quantized as quantized_truth
 from fastgfn.reference import sample_next as draws_truth
 from fastgfn.reference import scan as scan_truth
 from fastgfn.reference import silu_mul as silu_mul_truth
@@ -282,6 +284,17 @@ def test_sample_next_from_hidden(case, chunk, data):
 @fuzz(EXAMPLES, case=linear_cases(with_lora=True))
 def test_lora_linear(case):
     assert_equals_reference(linear.lora_linear, linear_truth.lora_linear, *case)
+
+
+@fuzz(EXAMPLES, case=quantized_cases())
+def test_quantized_product(case):
+    (x, weight, bias), dtype = case
+    out = linear.product(x, linear.rollout_weight(weight, dtype), bias).double()
+    x, weight, bias = (t if t is None else t.double() for t in (x, weight, bias))
+    exact, bound = linear_truth.frozen_linear(x, weight, bias), quantized_truth.error_bound(x, weight, dtype)
+    sums = x.abs() @ weight.abs().T + (0.0 if bias is None else bias.abs())
+    rounding = 1e-5 if dtype == torch.int8 else 2.0**-8
+    assert out.shape == exact.shape and bool(((out - exact).abs() <= bound + rounding * (sums + bound)).all())
 
 
 @fuzz(EXAMPLES, case=linear_cases(with_lora=False))

@@ -22,6 +22,7 @@ from fastgfn.kernels import (
     head_sample_next,
     log_probs,
     path_attention,
+    quantize,
     sample_next,
     tree_attention,
 )
@@ -287,6 +288,17 @@ KERNELS = {
     "tree_attention_backward._tree_attention_grad_q_kernel": (HALF_KINDS, HALF["grad_q"], None),
     "path_attention._path_attention_fwd_kernel": (PATHS, tuple(path_variants()), None),
     "path_attention._shared_prompts_fwd_kernel": (PATHS, tuple(shared_variants()), None),
+    # float8 begins at sm_89
+    "quantize._quantize_rows_fwd_kernel": (
+        {"values_ptr": "*fp8e4nv"},
+        tuple(
+            {"BLOCK": block, "num_warps": warps, "capabilities": (89, 90, 100), "TYPES": {"x_ptr": kind}}
+            | {"ALIGNED": "all"}
+            for block, warps in quantize.BLOCKS.items()
+            for kind in ("*bf16", "*fp32")
+        ),
+        None,
+    ),
     "sample_next._draw_from_logits_kernel": (DRAWS, (LOGIT_TILES,), 8),
     "sample_next._draw_combine_kernel": (
         DRAWS,

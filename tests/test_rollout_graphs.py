@@ -1,5 +1,6 @@
 """Steps as CUDA graphs: when they are captured, what they hold, when they serve again."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,12 @@ import torch
 from rollout_cases import static_engine
 
 from fastgfn.models.shapes import random_policy
+from fastgfn.ops.quantized import LEAST_CAPABILITY
+from fastgfn.ops.scan import tree_cumsum
+from fastgfn.packing import pack
 from fastgfn.rollout import engine, graphs, sample, sampling, slots, static
 from fastgfn.rollout.graphs import Steps
+from fastgfn.scoring import score
 from fastgfn.types import Constraints
 
 PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5], [1, 2, 4, 6]]
@@ -260,6 +265,49 @@ def test_merged_copies_stay_where_they_are_and_never_are_the_weights(tiny_policy
     assert all(torch.equal(x, y) for x, y in zip(values, values_again, strict=True))
     for name, p in policy.model.named_parameters():
         assert torch.equal(p, before[name]), name
+
+
+def test_copies_in_8_bits_stay_where_they_are_and_follow_the_weights(tiny_policy, monkeypatch):
+    """What a graph holds: their values change in place, and another precision is another address."""
+    policy = tiny_policy()
+    monkeypatch.setattr(type(policy), "may_keep", lambda self, num_bytes: True)
+
+    def merged(dtype):
+        with policy.merged(dtype):
+            copies = [x.clone() for layer in policy._linear for x in layer.merged.tensors]
+            return policy.addresses(), copies
+
+    addresses, copies = merged(torch.float8_e4m3fn)
+    assert {x.dtype for x in copies} == {torch.float8_e4m3fn, torch.float32}
+    with torch.no_grad():
+        for _, p in policy.parameters():
+            p.mul_(0.5)
+    again, changed = merged(torch.float8_e4m3fn)
+    assert again == addresses
+    assert not any(torch.equal(x.float(), y.float()) for x, y in zip(copies, changed, strict=True))
+    assert addresses != merged(None)[0] != merged(torch.float8_e4m3fn)[0]
+    first, copies = merged(torch.int8)
+    assert (first == merged(torch.int8)[0]) == (not any(x.is_mkldnn for x in copies))
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_gpu_draws_with_weights_of_8_bits():
+    """Again from the same graphs, with log-probs of what drew; near those of the policy."""
+    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        pytest.skip("no products of float8 on this GPU")
+    policy = random_policy("tiny", dtype=torch.bfloat16, device="cuda")
+    options = dict(policy=policy, constraints=Constraints(0, 1, 12), num_samples=16, seed=1)
+    options |= dict(precision=torch.float8_e4m3fn)
+    first, again = sample(PROMPTS, **options), sample(PROMPTS, **options)
+    assert first.sequences() == again.sequences() and torch.equal(first.log_behavior, again.log_behavior)
+    tree = pack(first, device=policy.device)
+    for merged, most in ((True, 0.05), (False, 0.1)):
+        with policy.merged(torch.float8_e4m3fn) if merged else contextlib.nullcontext():
+            scored = score(tree, policy=policy)
+        density = tree_cumsum(scored.log_pf, tree.parent) + scored.log_pterm
+        gaps = (first.log_behavior - density[tree.leaf].cpu()).abs() / (first.lengths + 1)
+        assert float(gaps.mean()) < most
 
 
 @pytest.mark.gpu

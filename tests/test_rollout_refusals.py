@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastgfn.checks import InputError
-from fastgfn.rollout import PromptLookup, SamplingOptions, sample
+from fastgfn.rollout import PromptLookup, SamplingOptions, sample, sampling
 from fastgfn.types import Constraints
 
 MINUS = torch.full((13,), -torch.inf)
@@ -26,7 +26,13 @@ def only(*tokens):
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        (dict(precision=torch.int8), InputError, "precision must be None or a floating-point dtype"),
+        (dict(precision=torch.int16), InputError, "precision must be None or a floating-point dtype"),
+        (dict(precision=torch.int8, merge=False), InputError, "precision must be None without merge"),
+        (
+            dict(precision=torch.float8_e4m3fn),
+            InputError,
+            "precision must be torch.int8 or 16 bits or more on cpu, got torch.float8_e4m3fn; use torch.int8",
+        ),
         (dict(precision=torch.complex64), InputError, "precision must be None or a floating-point"),
         (dict(precision="bfloat16"), InputError, "precision must be .* got 'bfloat16'; use torch.bfloat16"),
         (dict(precision=torch.bfloat16, merge=False), InputError, "precision must be None without merge"),
@@ -86,11 +92,31 @@ def test_termination_tokens_are_a_tuple_of_ids(ids):
         Constraints(0, extra_termination_token_ids=ids)
 
 
-def test_a_precision_that_no_layer_can_take_is_refused(tiny_policy):
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.int8], ids=str)
+def test_a_precision_that_no_layer_can_take_is_refused(tiny_policy, precision):
     policy = tiny_policy(dtype=torch.float32)
     for p in policy.model.parameters():
         p.requires_grad_(True)
     with pytest.raises(
-        InputError, match="precision must be None where no layer can be merged, got torch.bfloat16"
+        InputError, match=f"precision must be None where no layer can be merged, got {precision}"
     ):
-        sample([[1]], policy=policy, constraints=LIMITS, num_samples=1, precision=torch.bfloat16)
+        sample([[1]], policy=policy, constraints=LIMITS, num_samples=1, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "message"),
+    [
+        (torch.int8, (9, 0), "floating point on cuda, got torch.int8; use torch.float8_e4m3fn, or torch.bf"),
+        (torch.float8_e4m3fn, (8, 6), "16 bits or more on a GPU of compute capability 8.6, .*; use torch.bf"),
+        (torch.float8_e4m3fn, (8, 9), None),
+        (torch.float8_e4m3fn, (12, 0), None),
+        (torch.bfloat16, (8, 0), None),
+    ],
+)
+def test_precisions_that_a_gpu_lacks_are_refused(monkeypatch, precision, capability, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if message is None:
+        sampling.check_precision(precision, torch.device("cuda"))
+        return
+    with pytest.raises(InputError, match=f"sample: precision must be {message}"):
+        sampling.check_precision(precision, torch.device("cuda"))

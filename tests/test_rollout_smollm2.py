@@ -106,3 +106,35 @@ def test_a_lower_precision_draws_from_a_nearby_policy(setting):
     density, _, _ = scored(options["policy"], got)
     gaps = (got.log_behavior - density).abs()
     assert 1e-4 < float(gaps.mean()) < 0.5
+
+
+def test_a_precision_of_8_bits_returns_the_density_that_drew():
+    """In float64 another batch moves nothing that is rounded to 8 bits: draws are equal in all of them, and
+    log q is that of the same copies, teacher-forced; without the copies it is nearby."""
+    policy = load_policy("smollm2-135m", lora_rank=4, dtype=torch.float64)
+    limits = Constraints(policy.encode("A sentence.")[-1], min_length=1, max_length=6)
+    options = dict(policy=policy, constraints=limits, num_samples=4, seed=SEED, precision=torch.int8)
+    prompts = [policy.encode(text) for text in TEXTS]
+    got, other = sample(prompts, **options), sample(prompts, batch_size=3, **options)
+    assert got.sequences() == other.sequences() == sample(prompts, **options).sequences()
+    torch.testing.assert_close(got.log_pf, other.log_pf, rtol=0, atol=1e-5)
+    with policy.merged(torch.int8):
+        density, log_probs, tree = scored(policy, got)
+    torch.testing.assert_close(got.log_behavior.double(), density.double(), rtol=0, atol=1e-4)
+    for n, length in enumerate(got.lengths.tolist()):
+        node = int(tree.leaf[n])
+        for k in range(length, 0, -1):
+            assert abs(float(got.log_pf[n, k - 1] - log_probs.log_pf[node])) < 1e-5
+            node = int(tree.parent[node])
+    gaps = (got.log_behavior - scored(policy, got)[0]).abs() / (got.lengths + 1)
+    assert 1e-3 < float(gaps.mean()) < 0.2
+
+
+def test_copies_in_8_bits_take_a_quarter_of_float32(policy):
+    sizes = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        with policy.merged(dtype):
+            tensors = [x for layer in policy._linear for x in layer.merged.tensors]
+            sizes[dtype] = sum(x.numel() * x.element_size() for x in tensors)
+    assert sizes[torch.float32] == 4 * policy.num_linear_weights == 2 * sizes[torch.bfloat16]
+    assert 1.0 < sizes[torch.int8] / policy.num_linear_weights < 1.01

@@ -35,7 +35,7 @@ def _weights(policy):
     return {name: p.detach().clone() for name, p in policy.parameters()}
 
 
-@pytest.mark.parametrize(("min_length", "precision"), [(0, None), (1, None), (0, "bfloat16")])
+@pytest.mark.parametrize(("min_length", "precision"), [(0, None), (1, None), (0, "bfloat16"), (0, "int8")])
 def test_learns_a_known_posterior(tiny_policy, min_length, precision):
     """Whatever the precision of the rollouts."""
     policy = tiny_policy(vocab=4, dtype=torch.float32, scale=2.0, rank=8)
@@ -55,7 +55,7 @@ def test_learns_a_known_posterior(tiny_policy, min_length, precision):
     )  # fmt: skip
     for _ in range(150):
         metrics = trainer.step()
-    assert distance().tv <= 0.02 and distance().kl_target_to_model <= 1e-3
+    assert trainer.merges and distance().tv <= 0.02 and distance().kl_target_to_model <= 1e-3
     assert metrics["log_z"] == pytest.approx(float(log_r.logsumexp(0)), abs=0.02)
 
 
@@ -68,7 +68,7 @@ def test_drift_is_the_distance_of_the_sampler_from_the_score(tiny_policy, conven
             "drift"
         ]
 
-    assert 0.0 <= drift(None) < 1e-5 < 1e-4 < drift("bfloat16") < 0.1
+    assert 0.0 <= drift(None) < 1e-5 < 1e-4 < drift("bfloat16") < drift("int8") < 0.1
 
 
 def test_merging_is_given_up_when_it_drifts_and_a_resumed_run_remembers(tiny_policy, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastgfn.ops.linear import frozen_linear, lora_linear, product, rollout_weight
+from fastgfn.ops.quantized import DTYPES, QuantizedWeight
 
 
 class Linear:
@@ -78,16 +79,15 @@ class Linear:
 
     @torch.no_grad()
     def merge(self, dtype: torch.dtype | None = None) -> None:
-        """Until `unmerge`, one product with W + scale B A, rounded to `dtype` (None: that of W), wherever no
-        gradient is recorded and the adapter is on, or off, as it is now.
+        """Until `unmerge`, one product with W + scale B A, rounded to `dtype` (None: that of W; those of
+        8 bits: row by row), wherever no gradient is recorded and the adapter is on, or off, as it is now.
 
         The layer's own tensors stay as they are. Not for a layer whose adapter is not plain LoRA.
         """
         if not self._is_mergeable:
             return
         dtype = self.base.weight.dtype if dtype is None else dtype
-        weight, bias = rollout_weight(self.summed(), dtype), self.base.bias
-        self.merged = Merged(weight, None if bias is None else bias.to(dtype), dtype, self.without_adapter)
+        self.merged = _merged(self.summed(), self.base.bias, dtype, self)
         self._keep_place()
 
     def summed(self) -> Tensor:
@@ -109,23 +109,32 @@ class Linear:
     def unmerge(self, keep: bool = False) -> None:
         """keep: the memory of the copy, for the next `merge`; a CUDA graph holds its address."""
         merged, self.merged = self.merged, None
-        is_copy = merged is not None and not merged.weight.is_mkldnn
-        is_copy = is_copy and merged.weight.data_ptr() != self.base.weight.data_ptr()
+        values = None if merged is None else merged.tensors[0]
+        is_copy = values is not None and not values.is_mkldnn
+        is_copy = is_copy and values.data_ptr() != self.base.weight.data_ptr()
         self.spare = merged if keep and is_copy else None
 
 
 class Merged(NamedTuple):
     """A layer's weight with its adapter in it, as `product` reads it fastest."""
 
-    weight: Tensor
+    weight: Tensor | QuantizedWeight
     bias: Tensor | None
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the inputs of its product
     without_adapter: bool
     rows: tuple[int, int] | None = None  # of weight and bias, where layers share one
 
     def product(self, x: Tensor) -> Tensor:
         """Of all rows, in `dtype`."""
         return product(x.to(self.dtype), self.weight, self.bias)
+
+
+def _merged(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, layer: Linear) -> Merged:
+    """Of a weight and bias that are to be held in `dtype`, for a layer or for several that are like it."""
+    weight = rollout_weight(weight, dtype)
+    # products of 8 bits take x and the bias as they come
+    own = layer.base.weight.dtype if isinstance(weight, QuantizedWeight) else weight.dtype
+    return Merged(weight, None if bias is None else bias.to(own), own, layer.without_adapter)
 
 
 class Packed:
@@ -148,13 +157,14 @@ class Packed:
         copies = not first.without_adapter or dtype != bases[0].weight.dtype or first.spare is not None
         if len(kinds) > 1 or not copies:
             return False
-        weight = torch.cat([m.summed().to(dtype) for m in self.members])
+        sums = (m.summed() for m in self.members)
+        weight = torch.cat([w if dtype in DTYPES else w.to(dtype) for w in sums])
         sizes = [m.weight.shape[0] for m in self.members]
         bias = [
             b.weight.new_zeros(n) if b.bias is None else b.bias for b, n in zip(bases, sizes, strict=True)
         ]
-        bias = None if all(b.bias is None for b in bases) else torch.cat(bias).to(dtype)
-        first.merged = Merged(rollout_weight(weight, dtype), bias, dtype, first.without_adapter)
+        bias = None if all(b.bias is None for b in bases) else torch.cat(bias)
+        first.merged = _merged(weight, bias, dtype, first)
         first._keep_place()
         ends = list(itertools.accumulate(sizes, initial=0))
         for member, rows in zip(self.members, itertools.pairwise(ends), strict=True):
@@ -172,10 +182,19 @@ class Packed:
             return merged[0].product(x)
         return torch.cat([m.product(x) for m in merged], -1)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those of the weight."""
+        return (self.weight,) if isinstance(self.weight, Tensor) else tuple(self.weight)
 
-def _in_place_of(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+
+def _in_place_of(old: Tensor | QuantizedWeight | None, new: Tensor | QuantizedWeight | None):
     """new, in the memory of old if that fits."""
-    if old is None or new is None or old.data_ptr() == new.data_ptr():
+    if isinstance(old, QuantizedWeight) and isinstance(new, QuantizedWeight):
+        return QuantizedWeight(*map(_in_place_of, old, new))
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor) or new.is_mkldnn:
+        return new
+    if old.data_ptr() == new.data_ptr():
         return new
     fits = (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
     return old.copy_(new) if fits else new

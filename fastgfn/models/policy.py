@@ -170,6 +170,7 @@ class Policy:
         lose part of a small adapter; the log-probs of a loss come from unmerged weights.
 
         dtype: of the copies, e.g. bfloat16 under a float32 policy; the products convert. None: the base's.
+            int8 (CPU) and float8_e4m3fn (CUDA): see fastgfn.ops.quantized.
         Yields the number of layers that are merged.
         """
         try:
@@ -179,8 +180,8 @@ class Policy:
                     layer.merge(dtype)
             yield sum(layer.merged is not None for layer in self._linear)
         finally:
-            copies = [layer.merged.weight for layer in self._linear if layer.merged is not None]
-            copies = {id(x): x for x in copies}.values()  # some are shared
+            merged = [layer.merged for layer in self._linear if layer.merged is not None]
+            copies = {id(x): x for m in merged for x in m.tensors}.values()  # some are shared
             keep = self.may_keep(sum(x.numel() * x.element_size() for x in copies))
             for layer in self._linear:
                 layer.unmerge(keep)
@@ -307,8 +308,10 @@ class Reference:
         return tree_log_probs(self, tree, logit_bias, no_stop_below, masked)
 
 
-def _address(tensor: Tensor | None) -> object:
+def _address(tensor: Tensor | tuple[Tensor, ...] | None) -> object:
     """Equal to itself alone where a tensor, quantised or packed, keeps its memory to itself."""
+    if isinstance(tensor, tuple):
+        return tuple(map(_address, tensor))
     if tensor is None:
         return None
     is_plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_mkldnn

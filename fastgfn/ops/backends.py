@@ -47,6 +47,7 @@ def backend_info() -> dict:
     ops = {
         "frozen_linear": {"cpu": gemm, "cuda": f"torch{absent}"},
         "lora_linear": {"cpu": gemm, "cuda": f"torch{absent}"},
+        "quantize_rows": {"cpu": "csrc C++", "cuda": f"triton{absent}"},
         "silu_mul": {"cpu": "torch", "cuda": f"torch{absent}"},
         "linear_log_probs": head | {"cpu": tiles},
         "policy_reward_log_probs": head | {"cpu": f"{tiles}; both streams"},

@@ -1,4 +1,4 @@
-"""Products with a weight: `product`, weights packed for reuse, and the LoRA layer as one op.
+"""Products with a weight: `product`, weights packed or quantised for reuse, and the LoRA layer as one op.
 
 On CPU in float32 the products go to oneDNN, which torch itself uses for bfloat16 only; elsewhere to torch.
 Equations: `reference/linear.py`.
@@ -9,6 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgfn import checks
+from fastgfn.ops.quantized import (
+    DTYPES,
+    FLOAT8,
+    QuantizedWeight,
+    is_float8_shape,
+    quantize_weight,
+    quantized_product,
+)
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _onednn = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None
@@ -16,8 +24,11 @@ _onednn = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None
 PACK_ROWS = 16
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., N) = x (..., K) @ weight.T + bias, without gradient; weight (N, K), any strides, or `packed`."""
+def product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """(..., N) = x (..., K) @ weight.T + bias, without gradient; weight (N, K), any strides, or of
+    `packed` or `rollout_weight`."""
+    if isinstance(weight, QuantizedWeight):
+        return quantized_product(x, weight, bias)
     if weight.is_mkldnn or _uses_onednn(x, weight):
         # oneDNN reads a bias as if it were contiguous, and refuses weights whose rows overlap
         bias = None if bias is None else bias.contiguous()
@@ -40,12 +51,14 @@ def packed(weight: Tensor) -> Tensor:
     return weight
 
 
-def rollout_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight (N, K) rounded to dtype, as `product` reads it in passes without gradient."""
-    return packed(weight.to(dtype))
+def rollout_weight(weight: Tensor, dtype: torch.dtype) -> Tensor | QuantizedWeight:
+    """weight (N, K), `packed` in dtype or quantised to it; what float8 cannot take is in bfloat16."""
+    if dtype == FLOAT8 and not is_float8_shape(weight):
+        dtype = torch.bfloat16
+    return quantize_weight(weight, dtype) if dtype in DTYPES else packed(weight.to(dtype))
 
 
-def add_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+def add_product(out: Tensor, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> None:
     """out (n, N) += `product`, in one kernel where the product can add."""
     is_plain = isinstance(weight, Tensor) and not weight.is_mkldnn and not _uses_onednn(x, weight)
     if is_plain and bias is None and out.dtype == x.dtype:
