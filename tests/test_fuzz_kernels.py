@@ -13,6 +13,8 @@ from fuzz_cases import (
     head_logits,
     logits_cases,
     logits_draws,
+)
+from fuzz_decode_cases import (
     norm_cases,
     path_attention_cases,
     rope_cases,

@@ -17,10 +17,12 @@ from fuzz_cases import (
     linear_cases,
     logits_cases,
     logits_draws,
-    norm_cases,
-    path_attention_cases,
     public,
     quantized_cases,
+)
+from fuzz_decode_cases import (
+    norm_cases,
+    path_attention_cases,
     rope_cases,
     row_gate_cases,
     shared_path_cases,

@@ -128,6 +128,11 @@ class Merged(NamedTuple):
         """Of all rows, in `dtype`."""
         return product(x.to(self.dtype), self.weight, self.bias)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those of the weight."""
+        return (self.weight,) if isinstance(self.weight, Tensor) else tuple(self.weight)
+
 
 def _merged(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, layer: Linear) -> Merged:
     """Of a weight and bias that are to be held in `dtype`, for a layer or for several that are like it."""
@@ -181,11 +186,6 @@ class Packed:
         if merged[0].rows is not None:
             return merged[0].product(x)
         return torch.cat([m.product(x) for m in merged], -1)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Those of the weight."""
-        return (self.weight,) if isinstance(self.weight, Tensor) else tuple(self.weight)
 
 
 def _in_place_of(old: Tensor | QuantizedWeight | None, new: Tensor | QuantizedWeight | None):

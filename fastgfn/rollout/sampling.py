@@ -57,8 +57,7 @@ def sample(
         grammar: which tokens may follow each sequence; part of q, whose log-probs are renormalised over them.
             `pack` needs it, too. At max_length a sequence ends, whether or not the grammar accepts it.
         tool: appends observations to a sequence; they count towards max_length, which cuts them off.
-        drafts: guesses of the next tokens, verified in the same passes. They change no draw; the acceptance
-            is counted in the object.
+        drafts: guesses of next tokens, verified in the same passes; no draw changes. It counts acceptance.
         seed, first_trajectory: the noise of trajectory i is keyed by (seed, first_trajectory + i).
         batch_size: most that run at a time; None: 512, or what half of the free memory holds. Keys and values
             take `policy.node_bytes` per token: prompts and batch_size (GPU: next power of 2) * max_length;
@@ -70,8 +69,7 @@ def sample(
             torch.float8_e4m3fn (CUDA; see `check_precision`); None: the base's. What is drawn is then
             another, nearby, behaviour policy, of its own log-probs, which off-policy objectives allow.
 
-    Returns:
-        Rollouts with N = G * num_samples trajectories, ordered by prompt.
+    Returns: Rollouts with N = G * num_samples trajectories, ordered by prompt.
 
     Raises:
         InputError: an empty prompt, one longer than the model's context allows, a termination token outside
@@ -79,12 +77,10 @@ def sample(
         OutOfMemory: memory ran out with a single trajectory running; the finished ones are in it. With more
             of them a warning is given, and the unfinished ones start again in half the batch.
     """
-    hooks = (grammar, tool, drafts)
-    numbers = (num_samples, first_trajectory)
     options = SamplingOptions() if options is None else options
-    request = _request(prompts, policy, constraints, temperature, options, hooks, *numbers)
-    _check_numbers(seed, merge, precision)
-    check_precision(precision, policy.device)
+    hooks, counts = (grammar, tool, drafts), (num_samples, first_trajectory)
+    request = _request(prompts, policy, constraints, temperature, options, hooks, *counts)
+    _check_numbers(seed, merge, precision, policy.device)
     drawer = Drawer(policy, constraints, options, seed)
     kind = choose_engine(policy, request, drawer)
     copies = _merged_bytes(policy, constraints, merge, precision)
@@ -156,12 +152,13 @@ def _token_ids(name: str, prompt: Sequence[int] | Tensor) -> Tensor:
     return ids.to("cpu", torch.int64)
 
 
-def _check_numbers(seed: int, merge: bool, precision: torch.dtype | None) -> None:
+def _check_numbers(seed: int, merge: bool, precision: torch.dtype | None, device: torch.device) -> None:
     known = (None, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, FLOAT8)
     want = "None or a floating-point dtype of torch or torch.int8"
     checks.check(precision in known, "sample", "precision", want, repr(precision), "use torch.bfloat16")
     checks.check(-(2**63) <= seed < 2**63, "sample", "seed", "a 64-bit integer", seed, "choose a smaller one")
     checks.check(merge or precision is None, "sample", "precision", "None without merge", precision, "merge")
+    check_precision(precision, device)
 
 
 def check_precision(precision: torch.dtype | None, device: torch.device) -> None:
