@@ -13,7 +13,7 @@ import goals
 import harness
 import suite
 
-OPS = ("head", "subtb", "attention", "draw")
+OPS = ("head", "subtb", "attention", "path_attention", "draw")
 # The settings that the tables are of; rows of other settings stay in the files.
 RNG = {"model": "smollm2-135m", "penalty": "16.0", "lora_rank": "32"}
 STEP = {"dtype": "fp32", "n": "20", "prompt_tokens": "50", "max_length": "30", "rank": "64"}
@@ -130,7 +130,7 @@ def rollout() -> str:
 def goal_table() -> str:
     """A line per goal; what was measured is that of the newest rows of a GPU."""
     # a dry run is in float32
-    rows = [r for r in read("goals") if is_gpu(r) and r["dtype"] != "fp32"]
+    rows = [r for r in read("goals") if is_gpu(r) and r["dtype"] != "fp32"] + prompt_rows()
     body = []
     for name, goal in goals.GOALS.items():
         found = newest([r for r in rows if r["goal"] == name], "goal", "case", "provider")
@@ -139,6 +139,23 @@ def goal_table() -> str:
     notes = sorted({f"{r['device']}, commit {r['commit']}" for r in rows})
     text = table(["goal", "what", "bar", "aim", "measured"], body)
     return f"{text}\n\n{'; '.join(notes)}." if notes else text
+
+
+def prompt_rows() -> list[dict]:
+    """Rows of goal D8, of the path_attention bench: rivals are what reads a prompt for every row."""
+    rows = []
+    for case in importlib.import_module("test_bench_path_attention").BENCH.cases("cuda", "full"):
+        run = newest_run("path_attention", case)
+        mine = run.get("fastgfn")
+        if (case["n"], case["P"]) != (256, 200) or mine is None:
+            continue
+        for name, r in run.items():
+            value = time_of(r) / time_of(mine) if r["ms_p50"] and mine["ms_p50"] else ""
+            label = ", ".join(f"{size} {case[size]}" for size in ("G", "H", "Hkv", "d"))
+            if name == "fastgfn" or name.endswith("_unshared"):
+                known = {"case": label, "value": value if name != "fastgfn" else "", "note": ""}
+                rows.append(r | {"goal": "D8"} | known)
+    return rows
 
 
 def goal_cell(goal: goals.Goal, rows: list[dict]) -> str:

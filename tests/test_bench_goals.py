@@ -13,6 +13,7 @@ import harness
 import pytest
 import suite
 import tables
+import test_bench_path_attention as path_attention
 import torch
 
 from fastgfn.models import random_policy
@@ -150,9 +151,9 @@ def test_a_process_that_hangs_or_dies_is_a_row(tmp_path, monkeypatch):
 
 def test_every_goal_is_planned_and_grouped():
     grouped = [goal for groups in goals.GROUPS.values() for group in groups for goal in group.goals]
-    assert sorted(grouped) == sorted(goals.GOALS)
+    assert sorted((*grouped, *goals.OP_GOALS)) == sorted(goals.GOALS)
     for plan, letter in ((rollout.PLAN, "D"), (step.PLAN, "S")):
-        own = sorted(g for g in goals.GOALS if g[0] == letter)
+        own = sorted(g for g in grouped if g[0] == letter)
         assert sorted(plan.full) == sorted(plan.dry) == sorted(plan.measure) == own
         assert all(s.model in SHAPES for s in (*plan.full.values(), *plan.dry.values()))
     for group in (group for groups in goals.GROUPS.values() for group in groups):
@@ -168,7 +169,7 @@ def test_the_dry_run_measures_every_goal(tmp_path):
     rows = goals.measured(tmp_path / "goals.csv")
     absent = {"continuous_async": "not available: needs CUDA"}
     assert all(r["status"] == absent.get(r["provider"], "ok") for r in rows)
-    assert {r["goal"] for r in rows} == set(goals.GOALS)
+    assert {r["goal"] for r in rows} == set(goals.GOALS) - set(goals.OP_GOALS)
     providers = {"fastgfn", "generate", "static", "static_tokens", "continuous", "published", "padded"}
     assert {r["provider"] for r in rows if r["ms_p50"]} == providers
     timed = [r for r in rows if r["ms_p50"] and r["case"] != "best"]
@@ -182,7 +183,7 @@ def test_the_dry_run_measures_every_goal(tmp_path):
     assert max(float(r["error"] or 0) for r in rows) < 1e-3
     assert all(int(r["peak_bytes"]) >= int(r["baseline_bytes"]) > 0 for r in rows if r["ms_p50"])
     # a step's time is a difference of two, which a busy machine may lose
-    for goal in set(goals.GOALS) - {"D4", "D5", "D6"}:
+    for goal in {r["goal"] for r in rows} - {"D4", "D5", "D6"}:
         assert any(float(r["value"] or -1) >= 0 for r in rows if r["goal"] == goal), goal
 
 
@@ -315,6 +316,31 @@ def test_the_table_of_goals_says_what_was_and_what_was_not_measured(tmp_path, mo
     assert cells["D4"] == "n=64: 51.2%" and cells["S6"] == "x: 20%" and cells["S5"] == "not measured"
     assert cells["S1"] == "failed: ended after 90 s" and cells["S2"] == "n=20: 15x"
     assert "NVIDIA H200, commit abc" in tables.goal_table()
+
+
+def test_shared_prompts_are_held_to_the_best_that_reads_every_prompt(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    bench = path_attention.BENCH
+    ms = {"fastgfn": 2.0, "fastgfn_unshared": 8.0, "sdpa_unshared": 6.0, "sdpa_pairs": 1.0}
+    for case in bench.cases("cuda", "full"):
+        status = dict.fromkeys(ms, "ok") | ({"fastgfn": "failed: a bug"} if case["Hkv"] == 25 else {})
+        times = {name: [x] for name, x in ms.items() if status[name] == "ok"}
+        rows = suite.make_rows(bench, case, suite.Prepared({}, status, dict.fromkeys(ms, "")), times, times)
+        stamp = STAMP | {"date": "2026-01-01T00:00Z"}
+        harness.append_rows("path_attention", rows, stamp, tmp_path / "h200")
+    (cell,) = [x for x in tables.goal_table().splitlines() if x.startswith("| D8 |")]
+    same = "G 1, H 32, Hkv 8, d 128: 3x (sdpa_unshared); G 1, H 32, Hkv 8, d 64: 3x (sdpa_unshared)"
+    last = "G 16, H 32, Hkv 8, d 64: 3x (sdpa_unshared); G 1, H 25, Hkv 25, d 64: fastgfn failed: a bug"
+    assert cell.endswith(f"| >= 2x | >= 4x | {same}; {last} |")
+    assert "| GPU | decode | bfloat16 | 8 | 256 | 16 | 200 | 30 |" in tables.op("path_attention")
+
+
+def test_the_readme_has_a_table_of_every_bench():
+    text = (harness.ROOT / "README.md").read_text()
+    names = sorted(
+        x.stem.removeprefix("test_bench_") for x in (harness.ROOT / "bench").glob("test_bench_*.py")
+    )
+    assert names == sorted(tables.OPS) and all(f"<!-- begin {name} -->" in text for name in names)
 
 
 def test_the_runner_skips_what_has_no_time(tmp_path):
