@@ -51,6 +51,8 @@ def measure(benchmark, request):
         torch.compiler.reset()
         inputs = bench.make_inputs(case)
         prepared = suite.prepare(bench, case, inputs)
+        if prepared.failure is not None and not prepared.runs:
+            raise prepared.failure
         turns = harness.Turns(prepared.runs)
         turns()
         rounds = request.config.getoption("rounds")
@@ -67,10 +69,16 @@ def measure(benchmark, request):
         if wanted is not None and wanted in str(case):
             script = str(Path(__file__).parent / "peak.py")
             for name in prepared.runs:
-                peaks[name] = harness.peak_memory([script, request.module.__file__, str(case), name])
+                try:
+                    peaks[name] = harness.peak_memory([script, request.module.__file__, str(case), name])
+                except RuntimeError as error:
+                    # Its time is in the row.
+                    print(f"{bench.name} {case}: no peak of {name}: {error}")
         rows = suite.make_rows(bench, case, prepared, times, on_device, peaks)
         benchmark.extra_info.update(bench=bench.name, rows=rows, provenance=harness.provenance(), ms=times)
         request.config.stash[RESULTS].append((f"{bench.name} {case}", rows))
+        if prepared.failure is not None:
+            raise prepared.failure
         return rows
 
     return run

@@ -2,7 +2,7 @@
 
 A bench is one file test_bench_*.py with a `BENCH`: inputs, providers, truth, work. Every provider of a bench
 gets a row in every case: timed, "not available: reason", "failed: reason" or "wrong: error". fastgfn's own
-providers must be right, or the bench ends.
+providers must be right: one that is not has such a row, too, and its case fails once the others have theirs.
 """
 
 import gc
@@ -115,21 +115,21 @@ def is_ours(name: str) -> bool:
 
 
 class Prepared(NamedTuple):
-    """The providers that may be timed, and for every provider its status ("ok", ...) and error (or "")."""
+    """The providers that may be timed, and for every provider its status ("ok", ...) and error (or "").
+
+    failure: of the first provider of fastgfn that raised or is wrong (Wrong), for which the case must fail.
+    """
 
     runs: dict[str, Callable[[], Outputs]]
     status: dict[str, str]
     errors: dict[str, float | str]
+    failure: Exception | None = None
 
 
 def prepare(bench: Bench, case: Case, inputs: object) -> Prepared:
-    """Run every provider once and compare it with the truth.
-
-    Raises:
-        Wrong: a provider of fastgfn is off by more than its tolerance. Its other errors come through as well.
-    """
+    """Run every provider once and compare it with the truth."""
     truth = bench.truth(case, inputs)
-    prepared = Prepared({}, {}, dict.fromkeys(bench.providers, ""))
+    prepared, failures = Prepared({}, {}, dict.fromkeys(bench.providers, "")), []
     for name, provider in bench.providers.items():
         is_rival = not is_ours(name) or provider.has_logits
         most = bench.tolerance[case.dtype][int(is_rival)]
@@ -142,7 +142,8 @@ def prepare(bench: Bench, case: Case, inputs: object) -> Prepared:
             prepared.status[name] = f"not available: {one_line(reason)}"
         except Exception as error:
             if is_ours(name):
-                raise
+                error.add_note(f"{bench.name} {case}: {name}")
+                failures.append(error)
             is_missing = isinstance(error, ImportError)
             kind = "not available" if is_missing else f"failed: {type(error).__name__}"
             prepared.status[name] = f"{kind}: {one_line(error)}"
@@ -151,12 +152,12 @@ def prepare(bench: Bench, case: Case, inputs: object) -> Prepared:
             if provider.is_checked and not error <= most:
                 prepared.status[name] = f"wrong: off by {error:.2g}, more than {most:.2g}"
                 if is_ours(name):
-                    raise Wrong(f"{bench.name} {case}: {name} is {prepared.status[name]}")
+                    failures.append(Wrong(f"{bench.name} {case}: {name} is {prepared.status[name]}"))
             else:
                 prepared.status[name] = "ok"
                 prepared.runs[name] = step.run
     gc.collect()
-    return prepared
+    return prepared._replace(failure=failures[0] if failures else None)
 
 
 def one_line(error: BaseException) -> str:

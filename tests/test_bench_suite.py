@@ -109,17 +109,21 @@ def test_a_wrong_gradient_alone_is_enough(only):
     assert prepared.status["rival"].startswith("wrong")
 
 
-def test_a_wrong_or_broken_fastgfn_ends_the_bench(only):
+def test_a_wrong_or_broken_fastgfn_fails_the_case_and_leaves_the_others(only):
     def wrong(case, inputs):
         return head.step(case, inputs, lambda h, w, t: tuple(x + 0.01 for x in head.fastgfn(h, w, t)))
 
     def broken(case, inputs):
         raise RuntimeError("no such kernel")
 
-    with pytest.raises(suite.Wrong, match="fastgfn_new is wrong: off by"):
-        only(fastgfn_new=suite.Provider(wrong))
-    with pytest.raises(RuntimeError, match="no such kernel"):
-        only(fastgfn_new=suite.Provider(broken))
+    for provider, kind, status in (
+        (wrong, suite.Wrong, "wrong: off by"),
+        (broken, RuntimeError, "failed: RuntimeError: no such kernel"),
+    ):
+        _, prepared = only(fastgfn_new=suite.Provider(provider))
+        assert type(prepared.failure) is kind and list(prepared.runs) == ["fastgfn"]
+        assert prepared.status["fastgfn_new"].startswith(status)
+    assert only()[1].failure is None
 
 
 def test_missing_and_crashing_rivals_are_named(only):
@@ -190,9 +194,47 @@ def test_new_columns_extend_an_older_file_and_others_are_refused(tmp_path):
         harness.append_rows("x", [{"provider": "c"}, {"status": "ok"}], stamp, tmp_path)
 
 
-def test_a_report_without_rows_is_refused(tmp_path):
+def test_a_case_without_rows_is_refused_once_the_others_are_kept(tmp_path):
+    stamp = {"date": "2026-01-02T03:04Z", "commit": "abc", "dirty": 0}
+    info = {"bench": "head", "provenance": stamp, "rows": [{"provider": "a", "status": "ok"}]}
     with pytest.raises(ValueError, match="must have rows in extra_info"):
-        rows.convert(report({"bench": "head"}), tmp_path)
+        rows.convert(report({}, info), tmp_path)
+    assert (tmp_path / "head.csv").read_text().endswith("2026-01-02T03:04Z,abc,0,a,ok\n")
+
+
+def test_a_case_that_fails_has_the_rows_of_its_other_providers(tmp_path):
+    """What breaks is on a GPU only: one of ours, and the process that measures a peak."""
+    (tmp_path / "test_bench_broken.py").write_text(
+        "import test_bench_subtb as subtb\n"
+        "from suite import Provider\n"
+        "def broken(case, inputs):\n"
+        "    raise RuntimeError('no such kernel')\n"
+        "ours = {n: subtb.BENCH.providers[n] for n in ('fastgfn', 'window_loop')}\n"
+        "BENCH = subtb.BENCH._replace(providers=ours | {'fastgfn_op': Provider(broken)})\n"
+        "def test_broken(case, measure):\n"
+        "    measure(BENCH, case)\n"
+    )
+    (tmp_path / "conftest.py").write_text((ROOT / "bench" / "conftest.py").read_text())
+    out = tmp_path / "out.json"
+    # peak.py is not there
+    flags = [
+        "--benchmark-only",
+        f"--benchmark-json={out}",
+        "--rounds=1",
+        "--peak=cpu",
+        "-p",
+        "no:cacheprovider",
+    ]
+    path = os.pathsep.join([str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    keep = os.environ | {"PYTHONPATH": path}
+    argv = [Path(sys.executable).parent / "pytest", "--rootdir", tmp_path, tmp_path, *flags]
+    done = subprocess.run(argv, cwd=tmp_path, env=keep, capture_output=True, text=True)
+    assert done.returncode == 1 and "no such kernel" in done.stdout, done.stdout + done.stderr
+    found = {
+        r["provider"]: r for b in json.loads(out.read_text())["benchmarks"] for r in b["extra_info"]["rows"]
+    }
+    assert found["fastgfn_op"]["status"] == "failed: RuntimeError: no such kernel"
+    assert found["fastgfn"]["ms_p50"] > 0 and found["window_loop"]["peak_bytes"] == ""
 
 
 def test_the_new_rows_extend_the_committed_ones():
