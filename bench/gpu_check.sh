@@ -58,12 +58,15 @@ build() {
   "$PYTHON" -P -c 'import fastgfn, json; print(json.dumps(fastgfn.backend_info(), indent=1))'
 }
 
+# $1: seconds. Compiling for a few hundred tests takes long, so processes share it; what has come out is shown.
 tests() {
+  local many=()
   if [[ -n $DRY ]]; then
     "$PYTHON" -P -m pytest -q -m gpu --collect-only tests | tail -n 3
     "$PYTHON" -P -m pytest -q tests/test_kernels_aot.py
   else
-    "$PYTHON" -P -m pytest -q -m gpu tests
+    ! "$PYTHON" -c 'import xdist' 2>/dev/null || many=(-n 8)
+    timeout -s INT -k 20 "$1" "$PYTHON" -P -m pytest -q -m gpu "${many[@]}" tests
   fi
 }
 
@@ -71,7 +74,8 @@ sanitizer() {
   if [[ -n $DRY ]]; then
     "$PYTHON" -P -m pytest -q -m gpu --collect-only tests/test_csrc_cuda.py | tail -n 3
   elif command -v compute-sanitizer >/dev/null; then
-    compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" -P -m pytest -q -m gpu tests/test_csrc_cuda.py
+    timeout -s INT -k 20 "$1" compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" -P -m pytest -q -m gpu \
+      tests/test_csrc_cuda.py
   else
     echo "no compute-sanitizer here"
   fi
@@ -106,7 +110,12 @@ step() {
 
 run() {
   case $1 in
-  build | tests | sanitizer | step) "$1" ;;
+  build | step) "$1" ;;
+  tests | sanitizer)
+    # at most half of what is left, if more is to come
+    local limit=$(((BUDGET - SECONDS) / (left ? 2 : 1)))
+    "$1" $((limit > 1 ? limit : 1))
+    ;;
   head | subtb | attention | path_attention | draw) op "$@" ;;
   rollout) goals rollout "$2" ;;
   goals) goals step "$2" ;;

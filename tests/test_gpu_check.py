@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,3 +54,15 @@ def test_a_failing_part_shows_in_status_and_summary(tmp_path):
     assert done.returncode == 1
     assert "no part nonsense" in (tmp_path / "out" / "check.log").read_text()
     assert (tmp_path / "out" / "summary.txt").read_text().startswith("nonsense: FAILED")
+
+
+def test_tests_that_take_too_long_leave_the_later_parts_their_time(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *xdist*) ;; *"-m pytest"*) echo "$@"; exec sleep 60 ;; esac\n')
+    python.chmod(0o755)
+    start = time.monotonic()
+    done = check(tmp_path, PART="tests rollout", BUDGET="6", DRY="", PYTHON=str(python))
+    assert done.returncode == 1 and time.monotonic() - start < 30
+    assert "-m gpu -n 8 tests" in done.stdout
+    summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert [line.split(",")[0] for line in summary] == ["tests: FAILED", "rollout: ok"]
