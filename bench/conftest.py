@@ -66,7 +66,7 @@ def measure(benchmark, request):
             host_ms = {name: min(values) for name, values in times.items()}
             on_device = harness.time_on_device(prepared.runs, host_ms, rounds)
         peaks, wanted = {}, request.config.getoption("peak")
-        if wanted is not None and wanted in str(case):
+        if wanted and wanted in str(case):
             script = str(Path(__file__).parent / "peak.py")
             for name in prepared.runs:
                 try:

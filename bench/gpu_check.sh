@@ -4,13 +4,13 @@
 # Parts, in this order: build tests sanitizer head subtb attention path_attention draw rollout goals step. One that
 # fails does not stop the later ones; the exit status tells. $OUT gets at most 6 files: the extension, check.log,
 # summary.txt, rows.tar.gz (a CSV per op bench), goals.csv (sampling and the training step against the goals of
-# goals.py, written row by row; rollout and goals want 200 s each) and step.json (`fastgfn bench`). A call with
+# goals.py, written row by row; rollout and goals want 400 s each) and step.json (`fastgfn bench`). A call with
 # PART adds to an $OUT that is there.
 # KEEP_BUILD: where the extension is taken from, or built and left. BUDGET: seconds for all parts of this call,
 # 520 by default; what is left is divided among the parts still to come, and a bench skips cases past its share.
 # WHEELS: what the machine lacks (pytest-benchmark, peft, cut-cross-entropy, liger-kernel, quack-kernels, ...).
 # FASTGFN_COMMIT: the clean commit that a copy without git was made from. PEAK: cases whose peak memory is
-# measured, by a part of their id; a process per provider takes about 10 s.
+# measured, by a part of their id; empty: none. A process per provider takes about 10 s.
 # DRY=1: all of it without a GPU: the extension for the CPU, GPU tests collected, kernels compiled ahead of time,
 # every bench's inputs and checks at its short shape.
 set -uo pipefail
