@@ -15,8 +15,7 @@ class Linear:
     """Stands in for the `forward` of one linear layer, with or without a LoRA adapter.
 
     A layer that the ops do not cover keeps its own forward: a trainable base weight, several adapters or a
-    LoRA variant, an adapter of another dtype than the base, quantised or offloaded weights, hooks on what
-    the ops would skip, autocast.
+    LoRA variant, quantised or offloaded weights, hooks on what the ops would skip, autocast.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -39,7 +38,9 @@ class Linear:
             return self.own_forward(x)
         if self.without_adapter:
             return frozen_linear(x, weight, self.base.bias)
-        return lora_linear(x, weight, self.base.bias, *self.lora)
+        a, b, scale = self.lora
+        # float32 adapters of a 16-bit base are rounded for the products, as peft rounds the sum of both
+        return lora_linear(x, weight, self.base.bias, a.to(x.dtype), b.to(x.dtype), scale)
 
     def takes(self, x: Tensor) -> bool:
         """Whether the merged weight is that of a pass over x, without gradient."""
@@ -64,11 +65,7 @@ class Linear:
 
     @property
     def is_covered(self) -> bool:
-        """Whether the ops compute this layer, all of it in one dtype."""
-        return self._is_mergeable and (not self.has_adapter or self.lora[0].dtype == self.base.weight.dtype)
-
-    @property
-    def _is_mergeable(self) -> bool:
+        """Whether the ops compute this layer, with and without gradient, and merge it."""
         weight, bias = self.base.weight, self.base.bias
         if weight.requires_grad or (bias is not None and bias.requires_grad):
             return False
@@ -84,7 +81,7 @@ class Linear:
 
         The layer's own tensors stay as they are. Not for a layer whose adapter is not plain LoRA.
         """
-        if not self._is_mergeable:
+        if not self.is_covered:
             return
         dtype = self.base.weight.dtype if dtype is None else dtype
         self.merged = _merged(self.summed(), self.base.bias, dtype, self)
@@ -154,7 +151,7 @@ class Packed:
         """`Linear.merge` of all members; or False, and nothing is done, where one of them cannot be merged,
         they differ in kind, or no copy is needed."""
         first = self.members[0]
-        if not all(m._is_mergeable for m in self.members):
+        if not all(m.is_covered for m in self.members):
             return False
         bases = [m.base for m in self.members]
         kinds = {(m.base.weight.dtype, m.base.weight.device, m.without_adapter) for m in self.members}
@@ -239,7 +236,7 @@ def merged_bytes(layers: list[Linear], dtype: torch.dtype | None = None) -> int:
     if any(layer.spare is not None for layer in layers):
         return 0
     copies = summed = 0
-    for layer in (x for x in layers if x._is_mergeable):
+    for layer in (x for x in layers if x.is_covered):
         weight = layer.weight
         own = weight.dtype if dtype is None else dtype
         # on a CPU `packed` copies whatever the dtype
