@@ -342,6 +342,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
+        # a caller's autocast around several steps would keep casts of the weights before this one
+        torch.clear_autocast_cache()
         return float(norm)
 
 

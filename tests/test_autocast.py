@@ -121,3 +121,19 @@ def test_no_copies_are_merged_and_precision_is_refused():
         policy.merged = lambda *args: merged.append(args)
         sample(PROMPTS, **options)
     assert not merged
+
+
+def test_steps_within_one_autocast_see_the_weights_of_the_last():
+    """autocast keeps the casts of trainable weights until it ends."""
+    runs = []
+    for num_blocks in (3, 1):
+        policy = Policy(adapted("llama", "fastgfn"))
+        config = TrainConfig(num_samples=4, replay_duplicates="exact", learning_rate=5e-2, warmup_steps=1)
+        reward = LMReward(policy.reference)
+        trainer = Trainer(policy, prompts=PROMPTS, reward=reward, constraints=CONSTRAINTS, config=config)
+        metrics = []
+        for _ in range(num_blocks):
+            with autocast():
+                metrics += [trainer.step() for _ in range(3 // num_blocks)]
+        runs.append(metrics)
+    assert runs[0] == runs[1] and len({m["loss"] for m in runs[0]}) == 3
