@@ -86,11 +86,11 @@ def add_gradients(
             are computed in each, and one more forward where log Z(X) has to be known beforehand.
 
     Raises:
-        InputError: as `split_tree`, `log_reward` and the objective, of which there are two; no trajectory.
+        InputError: as `split_tree`, `log_reward` and the objective, which must fit the reward; no trajectory.
     """
     num = tree.leaf.shape[0]
     checks.check(num > 0, "add_gradients", "tree", "of at least one trajectory", num, "pack some rollouts")
-    loss_of, coefficients, reads_log_z = _objective(objective, tree, subtb_lambda, normalization)
+    loss_of, coefficients, reads_log_z = _objective(objective, tree, reward, subtb_lambda, normalization)
     parts = split_tree(tree, max_tokens=max_tokens)
     log_z, known = None, [None] * len(parts)
     if reads_log_z and _share_groups(parts):
@@ -126,13 +126,16 @@ def add_gradients(
 
 
 def _objective(
-    name: str, tree: TokenTree, subtb_lambda: float, normalization: str
+    name: str, tree: TokenTree, reward: Reward, subtb_lambda: float, normalization: str
 ) -> tuple[Callable[..., Objective], Tensor, bool]:
     """The loss of a part, the (N,) coefficients of the whole tree, and whether the loss reads log Z(X)."""
     want, fix = "'modified_subtb' or 'vargrad'", "use 'modified_subtb'"
     checks.check(name in ("modified_subtb", "vargrad"), "add_gradients", "objective", want, repr(name), fix)
     if name == "vargrad":
         return vargrad_loss, trajectory_coefficients(tree, normalization=normalization), True
+    want, fix = "defined on every terminable prefix", "use objective='vargrad'"
+    whole_only = getattr(reward, "terminal_only", False)
+    checks.check(not whole_only, "add_gradients", "reward", want, "a terminal-only reward", fix)
     coefficients = window_coefficients(tree, subtb_lambda=subtb_lambda, normalization=normalization)
     return partial(modified_subtb_loss, subtb_lambda=subtb_lambda), coefficients, has_anchor(tree)
 
