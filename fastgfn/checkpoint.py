@@ -30,7 +30,7 @@ RUN_KEYS = {
     "max_length": int,
     "train": dict,
 }
-STATE_KEYS = {"step": int, "trajectories": int, "tokens": int, "seconds": float, "merges": bool}
+STATE_KEYS = {"step": int, "trajectories": int, "tokens": int, "seconds": float}
 STATE_KEYS |= {"run": dict, "buffer": dict}
 
 

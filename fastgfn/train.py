@@ -251,7 +251,8 @@ class Trainer:
             if damaged:
                 warnings.warn(f"Trainer.resume: passed over damaged {'; '.join(damaged)}", stacklevel=2)
             self.steps_done, self.trajectories = state["step"], state["trajectories"]
-            self.tokens, self.seconds, self.merges = state["tokens"], state["seconds"], state["merges"]
+            self.tokens, self.seconds = state["tokens"], state["seconds"]
+            self.merges = state.get("merges", True)
             self._run_folder = os.path.realpath(run_folder)
             return self.steps_done
         have = f"{run_folder} ({'damaged ' + damaged[0] if damaged else 'no checkpoint'})"
@@ -285,7 +286,8 @@ class Trainer:
 
     def _same_run(self, state: dict) -> None:
         # a run from before a setting existed had what is now its default
-        run = json.loads(json.dumps(TrainConfig().to_dict())) | state["run"]
+        first = TrainConfig().to_dict() | {"extra_termination_token_ids": []}
+        run = json.loads(json.dumps(first)) | state["run"]
         for key, value in json.loads(json.dumps(self._describe())).items():
             saved = run.get(key)
             fix = "resume with the settings the run was started with"

@@ -1,3 +1,4 @@
+import json
 import math
 from itertools import product
 
@@ -140,11 +141,20 @@ def test_a_run_from_before_a_setting_resumes_with_its_default(tiny_policy, tmp_p
 
     def older(path):
         state = read_state(path)
-        del state["run"]["objective"], state["run"]["tempered_share"]
+        for key in ("objective", "tempered_share", "extra_termination_token_ids", "grammar"):
+            del state["run"][key]
         return state
 
+    for path in checkpoints(tmp_path):
+        state = json.loads((path / "state.json").read_text())
+        del state["merges"]
+        (path / "state.json").write_text(json.dumps(state))
     monkeypatch.setattr("fastgfn.train.read_state", older)
-    assert _trainer(tiny_policy(dtype=torch.float32), steps=2).resume(tmp_path) == 2
+    resumed = _trainer(tiny_policy(dtype=torch.float32), steps=2)
+    assert resumed.resume(tmp_path) == 2 and resumed.merges
+    stops = Constraints(0, max_length=3, extra_termination_token_ids=(5,))
+    with pytest.raises(InputError, match=r"extra_termination_token_ids must be \[\], got \[5\]"):
+        _trainer(tiny_policy(dtype=torch.float32), constraints=stops, steps=2).resume(tmp_path)
     with pytest.raises(InputError, match="objective must be 'modified_subtb', got 'vargrad'"):
         _trainer(tiny_policy(dtype=torch.float32), steps=2, objective="vargrad").resume(tmp_path)
 
