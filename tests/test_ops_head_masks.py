@@ -239,6 +239,11 @@ REFUSALS = {
     ),
     "width": (dict(allowed=BITS.repeat(1, 2)), checks.InputError, "allowed must be (U, 1), got (1, 2); pack"),
     "dtype": (dict(allowed=BITS.int()), checks.InputTypeError, "allowed must be uint8, got torch.int32"),
+    "none": (
+        dict(allowed=BITS[:0], allowed_row=-torch.ones_like(ROWS)),
+        checks.InputError,
+        "allowed must be one mask at least, got none; pass None without masks",
+    ),
     "rows": (dict(allowed_row=ROWS[:1]), checks.InputError, "allowed_row must be (2,), got (1,)"),
     "kind": (dict(allowed_row=ROWS.float()), checks.InputTypeError, "allowed_row must be int32 or int64"),
     "range": (dict(allowed_row=ROWS + 1), checks.InputError, "allowed_row must be in [-1, 1), got [1]"),

@@ -265,6 +265,7 @@ def _check_masks(
     checks.check_shape(name, "allowed", allowed, ("U", width), fix)
     if allowed.dtype != torch.uint8:
         checks.fail(name, "allowed", "uint8", allowed.dtype, fix, kind=checks.InputTypeError)
+    checks.check(len(allowed) > 0, name, "allowed", "one mask at least", "none", "pass None without masks")
     checks.check_integer(name, "allowed_row", allowed_row)
     checks.check_shape(name, "allowed_row", allowed_row, (hidden.shape[0],), "pass the mask of every row")
     checks.check_same_device(name, hidden=hidden, allowed=allowed, allowed_row=allowed_row)
