@@ -222,6 +222,20 @@ def test_nothing_is_kept_where_memory_may_not_stay_taken(tiny_policy, by_graphs,
     assert all(layer.spare is None for layer in policy._linear)
 
 
+def test_a_capture_reads_no_casts_that_autocast_keeps(monkeypatch):
+    """They are no part of the graph: it would read them after they are gone."""
+    weight, x, found = torch.ones(3, 3, requires_grad=True), torch.ones(1, 3), []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: contextlib.nullcontext())
+    steps = Steps(lambda slots: found.append((x @ weight).sum().item()), torch.device("cpu"))
+    steps.stream = steps.memory = None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        steps(range(4))
+        weight.add_(1.0)
+        assert steps._captured(range(4)) == "graph" and torch.is_autocast_cache_enabled()
+    assert found == [9.0, 18.0]
+
+
 def test_a_cpu_keeps_nothing(tiny_policy):
     assert not tiny_policy().may_keep(0)
 

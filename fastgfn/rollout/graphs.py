@@ -126,6 +126,12 @@ class Steps:
     def _captured(self, slots: Slots) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         options = dict(pool=self.memory, stream=self.stream, capture_error_mode="thread_local")
-        with torch.cuda.graph(graph, **options):
-            self.step(slots)
+        # Casts that autocast keeps are those of older weights, in memory that goes when autocast ends.
+        keeps_casts = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with torch.cuda.graph(graph, **options):
+                self.step(slots)
+        finally:
+            torch.set_autocast_cache_enabled(keeps_casts)
         return graph
