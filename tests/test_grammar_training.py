@@ -188,6 +188,35 @@ def test_the_loss_and_its_gradient_vanish_at_the_posterior(tiny_policy, case):
     assert bool((log_probs.log_pf.grad[tree.role == Role.ACTION].abs() > 1e-9).all())
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_vargrad_is_the_variance_under_all_logits(tiny_policy, case):
+    """In one pass and in parts, from a reward of whole sequences."""
+    grammar, limits = make(case)
+    policy, naive = (tiny_policy(family="gpt2", implementation=i) for i in ("fastgfn", "sdpa"))
+    space = language(grammar, limits)
+    sequences, group = space + space[::2] + space[:1] * 2, [0] * len(space) + [1] * len(space[::2]) + [2] * 2
+
+    def value(z):
+        return 0.7 * len(z) - sum(z) / 5
+
+    delta = []
+    for z, g in zip(sequences, group, strict=True):
+        log_pf, log_pterm = dense_terms(naive, PROMPTS[g], z, grammar, limits)
+        delta.append(log_pf.sum() + log_pterm[-1] - value(z))
+    delta, group = torch.stack(delta), torch.tensor(group)
+    want = torch.stack([delta[group == g].var(unbiased=False) for g in range(3)]).mean()
+    want.backward()
+    tree = pack(rollouts_of(sequences, group, limits), grammar=grammar)
+    reward = SequenceReward(lambda zs: [value(z) for z in zs], terminal_only=True)
+    for max_tokens in (None, 14, 9):
+        assert (len(split_tree(tree, max_tokens=max_tokens)) > 1) == (max_tokens is not None)
+        got = add_gradients(tree, policy=policy, reward=reward, objective="vargrad", max_tokens=max_tokens)
+        assert relative_error(got.loss, want.detach()) <= 1e-9
+        for (name, p), (_, q) in zip(policy.parameters(), naive.parameters(), strict=True):
+            assert q.grad.abs().max() > 0 and relative_error(p.grad, q.grad) <= 1e-8, name
+            p.grad = None
+
+
 def trainer_of(policy, grammar, limits, **options):
     config = dict(num_samples=32, replay_samples=8, replay_duplicates="exact", learning_rate=2e-2, steps=150)
     return Trainer(
