@@ -36,7 +36,8 @@ class PrefixGrammar(ABC):
     prefixes grow by one each step. Rows that share a prefix share its matcher. At most `capacity` matchers
     outlive a call, those of the prefixes that were used last; what is forgotten is made again.
 
-    The termination token may follow exactly what the grammar accepts. At max_length a sequence ends all the
+    The termination token may follow exactly what the grammar accepts; extra ones of the Constraints may where
+    the grammar allows them as text, which special tokens are not. At max_length a sequence ends all the
     same: `allowed([z])[0, termination_token_id]` says whether the grammar accepts z. There it is a sequence
     like others to a reward, which should be low where it is cut short.
     """
