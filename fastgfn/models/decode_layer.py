@@ -7,6 +7,7 @@ prompts, torch rotates, and the tree's attention writes.
 """
 
 import inspect
+import operator
 from collections.abc import Callable
 
 import torch
@@ -121,10 +122,19 @@ def _attends(kind: type[nn.Module]) -> tuple:
     return computes(kind.forward), *((computes(f), f.__defaults__) for f in rotations if f is not None)
 
 
-# What the attention of a class computes -> the window that it hands to the attention function.
+def _no_window(own: nn.Module) -> None:
+    return None
+
+
+def _window_of_config(own: nn.Module) -> int | None:
+    return getattr(own.config, "sliding_window", None)
+
+
+# What the attention of a class computes -> the window that it hands to the attention function. By functions
+# with names: models are pickled.
 WINDOWS: dict[tuple, Callable[[nn.Module], int | None]] = {
-    _attends(LlamaAttention): lambda own: None,
-    _attends(MistralAttention): lambda own: getattr(own.config, "sliding_window", None),
-    _attends(Qwen2Attention): lambda own: own.sliding_window,
-    _attends(Qwen3Attention): lambda own: own.sliding_window,
+    _attends(LlamaAttention): _no_window,
+    _attends(MistralAttention): _window_of_config,
+    _attends(Qwen2Attention): operator.attrgetter("sliding_window"),
+    _attends(Qwen3Attention): operator.attrgetter("sliding_window"),
 }
