@@ -185,6 +185,18 @@ def test_nothing_is_counted_that_is_not_copied(tiny_policy, planned, recwarn):
     assert not from_sample(recwarn)
 
 
+@pytest.mark.parametrize("first", [None, torch.bfloat16, torch.float32])
+def test_memory_of_copies_in_another_dtype_serves_none_in_this(tiny_policy, monkeypatch, first):
+    policy = tiny_policy()
+    want = {dtype: policy.merged_bytes(dtype) for dtype in (None, torch.bfloat16, torch.float32)}
+    monkeypatch.setattr("fastgfn.ops.linear.packed", lambda weight: weight)
+    monkeypatch.setattr(Policy, "may_keep", lambda self, num_bytes: True)
+    with policy.merged(first):
+        pass
+    assert all(layer.spare is not None for layer in policy._linear)
+    assert {dtype: policy.merged_bytes(dtype) for dtype in want} == want | {first: 0}
+
+
 def test_what_explicit_classes_gather_in_decoding_is_counted(planned):
     policy = make_policy("gptj", torch.float32)
     layer_bytes = 2 * 4 * 8 * 4  # keys and values, heads, width, float32

@@ -232,8 +232,9 @@ def take_over(backbone: nn.Module) -> list[Linear]:
 
 def merged_bytes(layers: list[Linear], dtype: torch.dtype | None = None) -> int:
     """Memory that merging all of them takes: the copies, and while the largest is made the sum that it is
-    rounded from. Nothing where copies were made and their memory kept."""
-    if any(layer.spare is not None for layer in layers):
+    rounded from. Nothing where copies were made in that dtype and their memory kept."""
+    spares = [(layer.spare.dtype, dtype or layer.weight.dtype) for layer in layers if layer.spare is not None]
+    if any(has == wanted for has, wanted in spares):
         return 0
     copies = summed = 0
     for layer in (x for x in layers if x.is_covered):
