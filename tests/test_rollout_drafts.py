@@ -255,6 +255,18 @@ def test_keys_and_values_of_a_draft_model_count_before_the_first_token(tiny_poli
     sample(PROMPTS, drafts=drafts, **options)
 
 
+def test_drafts_longer_than_sequences_take_no_memory_for_it(tiny_policy, monkeypatch, drafters):
+    policy = tiny_policy()
+    source = ModelDrafts(policy.reference)
+    options = dict(policy=policy, constraints=Constraints(0, max_length=6), num_samples=9, batch_size=9)
+    capacity = 3 + 2 + 5 + 9 * (6 + 2 * 5)
+    num_bytes = capacity * (policy.node_bytes + source.node_bytes)
+    monkeypatch.setattr(Policy, "free_bytes", lambda self: num_bytes)
+    want = sample(PROMPTS, **options)
+    assert_same(sample(PROMPTS, drafts=Drafts(source, 10**6), **options), want)
+    assert drafters[0].kv.capacity == capacity
+
+
 @pytest.mark.parametrize("fails_at", [1, 2, 5])
 def test_a_draft_model_that_runs_out_of_memory_starts_again(tiny_policy, monkeypatch, drafters, fails_at):
     policy, model, hidden = tiny_policy(), tiny_policy(family="gpt2"), Policy.hidden

@@ -52,6 +52,11 @@ class Request:
         places = [known.setdefault(tuple(p.tolist()), len(known)) for p in self.prompts]
         self.prompt_of_group, self.distinct = torch.tensor(places, dtype=torch.int64), list(known)
 
+    @property
+    def lookahead(self) -> int:
+        """Most tokens of a draft: the state after max_length tokens is never read."""
+        return 0 if self.drafts is None else min(self.drafts.length, self.constraints.max_length - 1)
+
 
 @dataclass(slots=True)
 class Rows:
@@ -108,8 +113,7 @@ class Engine:
     @staticmethod
     def capacity(request: Request, batch_size: int) -> int:
         """Most nodes at a time: the longest prompts that the batch may hold, all its tokens and drafts."""
-        lookahead = 0 if request.drafts is None else request.drafts.length
-        own = request.constraints.max_length + 2 * lookahead
+        own = request.constraints.max_length + 2 * request.lookahead
         return prompt_nodes(request, batch_size) + batch_size * own
 
     def run(self) -> Rollouts:
@@ -234,8 +238,7 @@ class Engine:
         first = torch.full_like(places, len(self.request.group))
         first.scatter_reduce_(0, self.row_of, self.alive, "amin")
         position = self.trajectories.lengths[first]
-        # the state after max_length tokens is never read
-        count = (self.max_length - 1 - position).clamp(0, drafts.length)
+        count = (self.max_length - 1 - position).clamp(0, self.request.lookahead)
         row, depth = _ragged(count)
         ahead = self.pool.take(len(row))
         rows.path[row, rows.length[row] + depth] = ahead.int()

@@ -236,7 +236,7 @@ def _batch_size(
     largest up to BATCH_SIZE."""
     total, drafts = len(request.group), request.drafts
     longest = max(map(len, request.distinct)) + request.constraints.max_length
-    rows = 1 if drafts is None else 1 + drafts.length  # of a trajectory, at a time
+    rows = 1 + request.lookahead  # of a trajectory, at a time
     node_bytes = policy.node_bytes + (0 if drafts is None else drafts.source.node_bytes)
 
     def num_bytes(size: int) -> int:
