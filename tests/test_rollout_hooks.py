@@ -344,6 +344,9 @@ def test_wrong_drafts_are_refused(propose, message):
 def test_what_is_no_source_of_drafts_is_refused(tiny_policy):
     with pytest.raises(InputError, match="Drafts: source must be a DraftSource, got Policy; pass"):
         Drafts(tiny_policy())
+    # its memory could not be told
+    with pytest.raises(InputError, match="Drafts: source must be a DraftSource, got SimpleNamespace; pass"):
+        Drafts(SimpleNamespace(begin=lambda *batch: None))
 
 
 @pytest.mark.parametrize("make", [lambda: PromptLookup(0), lambda: Drafts(PromptLookup(), 0)])

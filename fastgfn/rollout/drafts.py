@@ -227,7 +227,8 @@ class Drafts:
     def __post_init__(self) -> None:
         checks.check(self.length >= 1, "Drafts", "length", ">= 1", self.length, "raise it")
         fix, have = "pass PromptLookup() or ModelDrafts(model)", type(self.source).__name__
-        checks.check(hasattr(self.source, "begin"), "Drafts", "source", "a DraftSource", have, fix)
+        is_source = all(hasattr(self.source, name) for name in ("begin", "node_bytes"))
+        checks.check(is_source, "Drafts", "source", "a DraftSource", have, fix)
 
     @property
     def acceptance(self) -> float:
