@@ -1,7 +1,6 @@
 """Decoder layers in few kernels under merged weights: the same values, and their own forward for the rest."""
 
 import copy
-import pickle
 import types
 from collections import Counter
 
@@ -329,15 +328,6 @@ def test_a_layer_leaves_its_input_as_it_is():
     with policy.merged():
         one_step(policy)
     assert torch.equal(*seen[:2])
-
-
-@pytest.mark.parametrize("family", FUSED)
-def test_a_policy_is_pickled_with_its_layers(family):
-    policy = make(family)
-    whole = pickle.loads(pickle.dumps(policy))
-    with torch.no_grad(), whole.merged(), policy.merged():
-        assert torch.equal(decode(whole), decode(policy))
-        assert one_step(whole) == one_step(policy)
 
 
 def test_a_plain_model_has_the_forwards_of_transformers():

@@ -1,10 +1,12 @@
 """Gated MLPs keep the two projections for backward and make their product again."""
 
 import gc
+import pickle
 import weakref
 
 import pytest
 import torch
+from family_models import make_policy
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
@@ -114,3 +116,14 @@ def test_leaves_other_activations_and_forwards_of_an_instance():
     model = make().model.model
     model.layers[0].mlp.forward = lambda x: x
     assert take_over_mlps(model) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen2", "qwen3", "gemma2"])
+def test_a_policy_is_pickled_with_what_stands_in_for_its_layers(family):
+    policy = make_policy(family)
+    again = pickle.loads(pickle.dumps(policy))
+    nodes = torch.arange(1, 6)
+    tree = nodes, nodes - 1, torch.full((5,), 5, dtype=torch.int32)
+    with policy.merged(), again.merged():
+        assert torch.equal(again.tree_hidden(*tree), policy.tree_hidden(*tree))
