@@ -47,8 +47,9 @@ class LMReward:
 
     @torch.no_grad()
     def from_log_probs(self, raw: LogProbs, tree: TokenTree) -> Tensor:
-        """log R from the reference's node-aligned log p under `logit_bias`."""
-        value = tree_cumsum(raw.log_pf, tree.parent) + raw.log_pterm
+        """(T,) float64 log R from the reference's node-aligned log p under `logit_bias`: a loss reads small
+        differences of these large sums, which float32 would round to 1e-6 nats at log R = -15."""
+        value = tree_cumsum(raw.log_pf.double(), tree.parent) + raw.log_pterm
         short = tree.is_state & (tree.length < tree.constraints.min_length)
         return value.masked_fill(short, self.short_penalty)
 

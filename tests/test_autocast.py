@@ -48,7 +48,7 @@ def road(policy, enabled):
     for _, p in policy.parameters():
         assert p.grad.dtype == torch.float32 and bool(p.grad.isfinite().all())
         p.grad = None
-    assert log_q.dtype == log_r.dtype == torch.float32 and bool(found.loss.isfinite())
+    assert (log_q.dtype, log_r.dtype) == (torch.float32, torch.float64) and bool(found.loss.isfinite())
     nodes = path_nodes(tree.parent, tree.leaf, rollouts.lengths, CONSTRAINTS.max_length)
     return rollouts, log_q[nodes.clamp(min=0)], tree
 

@@ -152,8 +152,6 @@ def test_parts_give_what_one_pass_gives(tiny_policy, normalization, kind, limits
     want = vargrad_loss(scored, tree=tree, log_reward=raw / 0.8, normalization=normalization)
     want.loss.backward()
     want_grads = _grads(policy)
-    # residuals are near 1, and differences of log R, which float32 rounds to this
-    grad_bound = max(bound, torch.finfo(raw.dtype).eps * float(raw.abs().max()) / 0.8)
     assert all(float(g.abs().max()) > 0 for g in want_grads)
     options = dict(reward_temperature=0.8, objective="vargrad", normalization=normalization)
     for max_tokens in (LONGEST, 12, None):
@@ -162,7 +160,7 @@ def test_parts_give_what_one_pass_gives(tiny_policy, normalization, kind, limits
         rows = ((got.loss, want.loss), (got.log_z, want.log_z), (got.log_reward, raw[tree.leaf]))
         for a, b in rows:
             assert relative_error(a, b) <= bound
-        assert relative_error(_flat(_grads(policy)), _flat(want_grads)) <= grad_bound
+        assert relative_error(_flat(_grads(policy)), _flat(want_grads)) <= bound
 
 
 def test_a_forward_without_gradient_is_spent_only_where_parts_share_a_prompt(tiny_policy, monkeypatch):
