@@ -4,11 +4,9 @@ A weight is quantised once, the rows of x in every product, by `fastgfn::quantiz
 CUDA: Triton, kernels/quantize.py); no row of x changes the result of another. int8 rotates rows first, float8
 needs no rotation. Equations: `reference/quantized.py`.
 
-What it costs next to bfloat16: weights take half the memory. On a CPU with VNNI (one Zen 5 core, rows of
-576) a product of 64 rows or more takes 0.6 to 1.0 of the time at N >= 576, as long at 16 rows, and longer
-with few columns (N = 192: 1.2 to 2 times); quantising a weight takes three times as long as packing it.
-Elsewhere the int8 weight is widened in every product: less memory, more time. The relative error of a product
-is 1e-2 with int8 and 4e-2 with float8, with bfloat16 3e-3.
+What it costs next to bfloat16: weights take half the memory. On a CPU with VNNI products of many rows and
+columns take less time, those of few rows or columns more, and quantising a weight takes longer than packing
+it (bench/NOTES.md). Elsewhere the int8 weight is widened in every product: less memory, more time.
 """
 
 import functools

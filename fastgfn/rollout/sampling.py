@@ -167,8 +167,8 @@ def check_precision(precision: torch.dtype | None, device: torch.device) -> None
     Of 8 bits are the copies of the linear layers and, in their products, the activations, both row by row.
     Head and embeddings stay as they are, as do layers that cannot be merged; a layer with a size that is no
     multiple of 16 is in bfloat16 instead of float8. Next to bfloat16 the copies take half the memory, and
-    log q of a token of SmolLM2-135M moves by 0.08 nats (int8) or 0.18 (float8) instead of 0.02. What a
-    product costs: fastgfn.ops.quantized.
+    log q moves further from the policy's, with float8 more than with int8 (bench/NOTES.md). What a product
+    costs: fastgfn.ops.quantized.
     """
     if precision == torch.int8:
         fix = "use torch.float8_e4m3fn, or torch.bfloat16"
