@@ -4,7 +4,7 @@ import torch
 from fuzz_cases import UPSTREAMS, Source, depths
 from hypothesis import strategies as st
 
-from fastgfn.functional.subtb import LOSSES, NORMALIZATIONS, REDUCTIONS
+from fastgfn.functional._rows import LOSSES, NORMALIZATIONS, REDUCTIONS
 from fastgfn.testing import parents
 
 WIDE = (torch.float64, torch.float32)
@@ -120,7 +120,7 @@ def padded_cases(draw):
         "log_flow": source.normal(num_rows, width + 1, scale=source.pick(1.0, 30.0)),
         "lengths": source.integers(0, width + 1, num_rows, dtype=source.pick(torch.int32, torch.int64)),
         "subtb_lambda": draw(LAMBDAS),
-        "loss": source.pick("squared", "huber", "shifted_cosh", "linex"),
+        "loss": source.pick("squared", "huber", "shifted_cosh", "linex", "clamped"),
     }
     return inputs, ("log_pf", "log_flow"), source.pick(*WIDE), source.pick(*UPSTREAMS)
 

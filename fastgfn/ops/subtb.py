@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 import fastgfn._C  # noqa: F401
+from fastgfn.ops.residual import value_and_slope
 
 # Float64 elements of one (rows, starts, states) tile of the pairwise path: 1 MiB was the fastest on CPU.
 TILE_ELEMENTS = 2**17
-LIMIT = 80.0
 
 
 def subtb_padded(
@@ -49,10 +49,15 @@ def subtb_tree_pairs(parent: Tensor, valid: Tensor, subtb_lambda: float) -> Tens
 
 
 def subtb_pairwise(
-    log_pf: Tensor, log_flow: Tensor, lengths: Tensor, subtb_lambda: float, loss: str
+    log_pf: Tensor,
+    log_flow: Tensor,
+    lengths: Tensor,
+    subtb_lambda: float,
+    loss: str,
+    limit: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`subtb_padded` for loss "huber", "shifted_cosh" or "linex": O(T^2) time, memory bounded by one tile."""
-    return _subtb_pairwise(log_pf, log_flow, lengths, subtb_lambda, loss)[:2]
+    """`subtb_padded` for any loss of `ops/residual.py`: O(T^2) time, memory bounded by one tile."""
+    return _subtb_pairwise(log_pf, log_flow, lengths, subtb_lambda, loss, limit)[:2]
 
 
 @torch.library.register_fake("fastgfn::subtb_padded")
@@ -105,23 +110,14 @@ torch.library.register_autograd("fastgfn::subtb_padded", _padded_backward, setup
 torch.library.register_autograd("fastgfn::subtb_tree", _tree_backward, setup_context=_save_tree)
 
 
-def _value_and_slope(residual: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """phi and phi'; the exponential ones continue along their tangent beyond |residual| = 80: no overflow."""
-    inside = residual.clamp(-LIMIT, LIMIT)
-    outside = residual - inside
-    if loss == "huber":
-        slope = residual.clamp(-1, 1)
-        return slope * (residual - 0.5 * slope), slope
-    if loss == "shifted_cosh":
-        slope = 2 * inside.sinh()
-        return 4 * (0.5 * inside).sinh() ** 2 + outside * slope, slope
-    slope = inside.expm1()
-    return slope - inside + outside * slope, slope
-
-
 @torch.library.custom_op("fastgfn::subtb_pairwise", mutates_args=())
 def _subtb_pairwise(
-    log_pf: Tensor, log_flow: Tensor, lengths: Tensor, subtb_lambda: float, loss: str
+    log_pf: Tensor,
+    log_flow: Tensor,
+    lengths: Tensor,
+    subtb_lambda: float,
+    loss: str,
+    limit: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Numerator (N,), denominator (N,) and, for the backward, d numerator / d U, (N, T + 1) float64."""
     num_rows, num_states = log_flow.shape
@@ -141,7 +137,7 @@ def _subtb_pairwise(
         for row in range(0, num_rows, rows):
             u = potential[row : row + rows]
             weight = weights * is_state[row : row + rows, None, :]
-            value, slope = _value_and_slope(u[:, None, :] - u[:, first : first + starts, None], loss)
+            value, slope = value_and_slope(u[:, None, :] - u[:, first : first + starts, None], loss, limit)
             slope = weight * slope
             sums[0, row : row + rows] += (weight * value).sum((1, 2))
             sums[1, row : row + rows] += weight.sum((1, 2))
@@ -151,7 +147,7 @@ def _subtb_pairwise(
 
 
 @_subtb_pairwise.register_fake
-def _(log_pf, log_flow, lengths, subtb_lambda, loss):
+def _(log_pf, log_flow, lengths, subtb_lambda, loss, limit=None):
     numerator = log_pf.new_empty(log_pf.shape[0])
     return numerator, torch.empty_like(numerator), log_flow.new_empty(log_flow.shape, dtype=torch.float64)
 
@@ -167,7 +163,7 @@ def _pairwise_backward(ctx, grad_numerator, *_):
     grad = grad_numerator.double()[:, None] * slopes
     # From the right, so that it is exactly 0 on padding.
     grad_log_pf = grad.flip(1).cumsum(1).flip(1)[:, 1:]
-    return grad_log_pf.to(ctx.dtype), -grad.to(ctx.dtype), None, None, None
+    return grad_log_pf.to(ctx.dtype), -grad.to(ctx.dtype), None, None, None, None
 
 
 _subtb_pairwise.register_autograd(_pairwise_backward, setup_context=_save_pairwise)

@@ -32,22 +32,7 @@ Source: Madan et al. 2023 (arXiv:2209.12782) for the objective; the linear form 
 import torch
 from torch import Tensor
 
-LIMIT = 80.0
-
-
-def regression_loss(residual: Tensor, loss: str) -> Tensor:
-    """phi(residual), elementwise; the exponential ones continue along their tangent beyond |residual| 80."""
-    inside = residual.clamp(-LIMIT, LIMIT)
-    outside = residual - inside
-    if loss == "squared":
-        return residual**2
-    if loss == "huber":
-        return torch.where(residual.abs() <= 1, 0.5 * residual**2, residual.abs() - 0.5)
-    if loss == "shifted_cosh":
-        return inside.exp() + (-inside).exp() - 2 + outside * (inside.exp() - (-inside).exp()).detach()
-    if loss == "linex":
-        return inside.exp() - inside - 1 + outside * (inside.exp() - 1).detach()
-    raise AssertionError(loss)
+from fastgfn.reference.residual import residual_loss
 
 
 def subtb_padded(
@@ -56,6 +41,7 @@ def subtb_padded(
     lengths: Tensor,  # (N,)
     subtb_lambda: float,
     loss: str = "squared",
+    limit: float = 100.0,
 ) -> tuple[Tensor, Tensor]:
     """Weighted loss and total weight of every row's windows, each (N,), through all (T + 1)^2 pairs."""
     states = torch.arange(log_flow.shape[1], device=lengths.device)
@@ -67,7 +53,7 @@ def subtb_padded(
     steps = states[None, :] - states[:, None]
     weight = torch.tensor(subtb_lambda, dtype=log_pf.dtype) ** (steps - 1).clamp(min=0)
     weight = weight.to(log_pf.device) * ((steps > 0) & is_state[:, None, :])
-    return (weight * regression_loss(residual, loss)).sum((1, 2)), weight.sum((1, 2))
+    return (weight * residual_loss(residual, loss, limit)).sum((1, 2)), weight.sum((1, 2))
 
 
 def subtb_tree(
