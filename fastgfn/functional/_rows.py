@@ -100,6 +100,8 @@ def _check_groups(options: Reduction, allowed: bool | None) -> None:
     needed = options.normalization == "group"
     have = "None" if options.group_ids is None else "a tensor"
     fix = "group_ids goes with normalization='group'"
+    if allowed is False:
+        fix += " or with log_z None"
     if options.group_ids is None:
         checks.check(not needed, options.function, "group_ids", "given", have, fix)
     else:
@@ -109,6 +111,29 @@ def _check_groups(options: Reduction, allowed: bool | None) -> None:
 def check_lambda(function: str, subtb_lambda: float) -> None:
     fix = "1 weights every window equally, 0 keeps windows of one step"
     checks.check(0 <= subtb_lambda <= 1, function, "subtb_lambda", "in [0, 1]", subtb_lambda, fix)
+
+
+def check_log_z(function: str, lengths: Tensor, log_z: Tensor | None) -> None:
+    if log_z is None:
+        return
+    fix = "pass one value for all rows, or one per row"
+    checks.check(isinstance(log_z, Tensor), function, "log_z", "a tensor or None", log_z, fix)
+    checks.check_floating(function, "log_z", log_z)
+    shape = tuple(log_z.shape)
+    checks.check(
+        shape in ((), tuple(lengths.shape)), function, "log_z", f"() or {tuple(lengths.shape)}", shape, fix
+    )
+    checks.check_same_device(function, lengths=lengths, log_z=log_z)
+
+
+def marked(function: str, rows: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """rows (N,) with NaN where a length is out of range, which raises where values are read."""
+    bad = (lengths < 0) | (lengths > width)
+    if not torch.compiler.is_compiling() and values.are_read(lengths) and bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        want, fix = f"in [0, T] = [0, {width}]", "pass the number of transitions of each row"
+        checks.fail(function, f"lengths[{row}]", want, int(lengths[row]), fix)
+    return rows.masked_fill(bad, torch.nan)
 
 
 def check_values(function: str, debug: bool, lengths: Tensor, **tensors: Tensor | None) -> None:
@@ -130,7 +155,7 @@ def check_values(function: str, debug: bool, lengths: Tensor, **tensors: Tensor 
         if bool(bad.any()):
             where = bad.nonzero()[0].tolist()
             value, fix = float(tensor[tuple(where)]), "mask the impossible moves, or clamp log_reward"
-            checks.fail(function, f"{name}{where}", "finite", value, fix, kind=RuntimeError)
+            checks.fail(function, f"{name}{where or ''}", "finite", value, fix, kind=RuntimeError)
 
 
 def reduced(
@@ -165,6 +190,14 @@ def _factors(den: Tensor, options: Reduction, scale: float) -> tuple[Tensor, Ten
     if scale != 1.0:
         factor = scale * factor
     return factor / nonzero(weight.sum()) if options.reduction == "mean" else factor, weight
+
+
+@torch.no_grad()
+def group_mean(rows: Tensor, used: Tensor, options: Reduction) -> Tensor:
+    """(N,) float64 mean of rows over the used ones of the row's group, by counts; 0 without any."""
+    counts = used.double() if options.counts is None else used * options.counts.double()
+    total = group_totals(torch.where(used, rows, 0).double() * counts, options.group_ids)
+    return total / nonzero(group_totals(counts, options.group_ids))
 
 
 def nonzero(x: Tensor) -> Tensor:
