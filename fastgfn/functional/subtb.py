@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastgfn.functional import _rows
+from fastgfn.functional import _rows, _states
 from fastgfn.functional._rows import Reduction
 from fastgfn.ops import subtb as ops
 
@@ -60,6 +60,8 @@ def subtb_loss(
     Returns: scalar, or (N,) for reduction "none"; with return_weight, (loss, weight (N,) float64).
     Raises: TypeError or ValueError on a dtype, shape, device or option; under debug, RuntimeError on a value.
     Numerics: float64 sums in the shift form; fp32 inputs give about 1e-7 relative error at T = 512.
+    Fixed point: flows and policy consistent with R, which is R's posterior where the batch covers the states.
+    Choose it where the states have flows of their own (a learned head).
     Source: Madan et al. 2023 (arXiv:2209.12782).
     """
     options = Reduction(
@@ -90,18 +92,28 @@ def modified_subtb_loss(
     weights: Tensor | None = None,  # (N,) floating point
     counts: Tensor | None = None,  # (N,)
     group_ids: Tensor | None = None,  # (N,) int32 | int64
+    terminable: Tensor | None = None,  # (N, T + 1) bool
+    log_z: Tensor | None = None,  # () | (N,) floating point
     include_sink: bool = False,
     return_weight: bool = False,
     debug: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`subtb_loss` where every state may stop: log_flow = log_reward - log_pterm.
+    """`subtb_loss` where states may stop: log_flow = log_reward - log_pterm.
+
+    Fixed point: q(x) proportional to R(x), R's posterior where the batch covers the strings. Choose it where
+    every prefix has an informative reward; with a sparse one the windows pull the stop probabilities away
+    (then `rooted_prefix_tb_loss` or `vargrad_loss`).
 
     Args:
         log_pf: log q(token t+1 | state t), before the termination token.
         log_pterm: log q(stop | state t), the column lengths[n] included.
         log_reward: log R(state t, then stop), already tempered.
+        terminable: which states may stop; None: all. The others leave the windows (their log_pterm and
+            log_reward are not read), and where s_0 is one, U_0 = -log_z takes its place (the anchor).
+        log_z: of the anchor, for all rows or per row; gets a gradient. None: the detached mean of
+            log R(x) - log q(x) over the row's group_ids (None: over the batch).
         include_sink: also count the state after the termination, a copy of the last state: a row then has
-            (n+1)(n+2)/2 windows, also for n = 0.
+            (n+1)(n+2)/2 windows, also for n = 0 (the second mask convention of the published code).
         The others: as `subtb_loss`.
 
     Returns, raises, numerics: as `subtb_loss`. log_reward gets a gradient only if it requires one.
@@ -111,7 +123,74 @@ def modified_subtb_loss(
     options = Reduction(
         name, normalization, reduction, loss, residual_limit, weights, counts, group_ids, return_weight
     )
-    return _implied(options, log_pf, log_pterm, log_reward, lengths, subtb_lambda, include_sink, debug)
+    states = log_pf, log_pterm, log_reward, lengths, terminable, log_z
+    return implied(options, *states, subtb_lambda, include_sink, debug)
+
+
+def detailed_balance_loss(
+    log_pf: Tensor,  # (N, T) floating point
+    log_flow: Tensor,  # (N, T + 1) floating point
+    lengths: Tensor,  # (N,) int32 | int64, in [0, T]
+    *,
+    log_pb: Tensor | None = None,  # (N, T)
+    normalization: str = "batch",
+    reduction: str = "mean",
+    loss: str = "squared",
+    residual_limit: float | None = None,
+    weights: Tensor | None = None,  # (N,) floating point
+    counts: Tensor | None = None,  # (N,)
+    group_ids: Tensor | None = None,  # (N,) int32 | int64
+    return_weight: bool = False,
+    debug: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mean of (log_flow[t] + log_pf[t] - log_pb[t] - log_flow[t+1])^2 over transitions.
+
+    `subtb_loss` with subtb_lambda 0, and its fixed point. Choose it where single transitions are drawn or
+    stored; the reward reaches s_0 only through the flows between.
+    Source: Bengio et al. 2023 (arXiv:2111.09266).
+
+    Args, returns, raises, numerics: as `subtb_loss`.
+    """
+    name = "detailed_balance_loss"
+    options = Reduction(
+        name, normalization, reduction, loss, residual_limit, weights, counts, group_ids, return_weight
+    )
+    return _explicit(options, log_pf, log_flow, lengths, log_pb, 0.0, debug)
+
+
+def modified_detailed_balance_loss(
+    log_pf: Tensor,  # (N, T) floating point
+    log_pterm: Tensor,  # (N, T + 1) floating point
+    log_reward: Tensor,  # (N, T + 1) floating point
+    lengths: Tensor,  # (N,) int32 | int64, in [0, T]
+    *,
+    normalization: str = "batch",
+    reduction: str = "mean",
+    loss: str = "squared",
+    residual_limit: float | None = None,
+    weights: Tensor | None = None,  # (N,) floating point
+    counts: Tensor | None = None,  # (N,)
+    group_ids: Tensor | None = None,  # (N,) int32 | int64
+    terminable: Tensor | None = None,  # (N, T + 1) bool
+    log_z: Tensor | None = None,  # () | (N,) floating point
+    return_weight: bool = False,
+    debug: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mean of (U_{t+1} - U_t)^2 over transitions, U_t = log q(s_t, then stop) - log R(s_t, then stop).
+
+    `modified_subtb_loss` with subtb_lambda 0, and its fixed point: R's posterior. Choose it where every
+    prefix has a reward and gradients of low variance matter more than quick credit from end to start.
+    What differs: states that may not stop are skipped, as in `modified_subtb_loss`.
+    Source: Deleu et al. 2022 (arXiv:2202.13903).
+
+    Args, returns, raises, numerics: as `modified_subtb_loss`.
+    """
+    name = "modified_detailed_balance_loss"
+    options = Reduction(
+        name, normalization, reduction, loss, residual_limit, weights, counts, group_ids, return_weight
+    )
+    states = log_pf, log_pterm, log_reward, lengths, terminable, log_z
+    return implied(options, *states, 0.0, False, debug)
 
 
 def subtb_potential(
@@ -192,23 +271,36 @@ def _explicit(
     return _reduced(log_pf, log_flow, lengths, subtb_lambda, options)
 
 
-def _implied(
+def implied(
     options: Reduction,
     log_pf: Tensor,
     log_pterm: Tensor,
     log_reward: Tensor,
     lengths: Tensor,
+    terminable: Tensor | None,
+    log_z: Tensor | None,
     subtb_lambda: float,
     include_sink: bool,
     debug: bool,
+    segment: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """The losses whose flows are log_reward - log_pterm; segment: `interpolated_log_reward` first."""
     states = {"log_pterm": log_pterm, "log_reward": log_reward}
     log_pf, log_pterm, log_reward = _rows.prepared(options.function, log_pf, lengths, states=states)
-    _rows.check_options(options, lengths)
+    _states.check_anchor(options.function, log_reward, terminable, log_z)
+    _rows.check_options(options, lengths, grouped=terminable is not None and log_z is None)
+    _rows.check_log_z(options.function, lengths, log_z)
     _rows.check_lambda(options.function, subtb_lambda)
-    named = dict(log_pf=log_pf, log_pterm=log_pterm, log_reward=log_reward)
+    if segment is not None:
+        log_reward = _states.interpolated(log_reward, lengths, segment, terminable)
+    if terminable is not None:
+        log_pterm, log_reward = (torch.where(terminable, x, 0) for x in (log_pterm, log_reward))
+    named = dict(log_pf=log_pf, log_pterm=log_pterm, log_reward=log_reward, log_z=log_z)
     _rows.check_values(options.function, debug, lengths, **named)
     log_flow = log_reward - log_pterm
+    if terminable is not None:
+        log_z = _states.anchor(log_pf, log_flow, lengths, terminable, options) if log_z is None else log_z
+        log_pf, log_flow, lengths = _states.compacted(log_pf, log_flow, lengths, terminable, log_z)
     if include_sink:
         log_pf, log_flow, lengths = _with_sink(log_pf, log_flow, lengths)
     return _reduced(log_pf, log_flow, lengths, subtb_lambda, options)
