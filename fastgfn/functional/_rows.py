@@ -126,14 +126,14 @@ def check_log_z(function: str, lengths: Tensor, log_z: Tensor | None) -> None:
     checks.check_same_device(function, lengths=lengths, log_z=log_z)
 
 
-def marked(function: str, rows: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """rows (N,) with NaN where a length is out of range, which raises where values are read."""
+def out_of_range(function: str, lengths: Tensor, width: int) -> Tensor:
+    """(N,) bool: lengths not in [0, width]; they raise where values are read."""
     bad = (lengths < 0) | (lengths > width)
     if not torch.compiler.is_compiling() and values.are_read(lengths) and bool(bad.any()):
         row = int(bad.nonzero()[0])
         want, fix = f"in [0, T] = [0, {width}]", "pass the number of transitions of each row"
         checks.fail(function, f"lengths[{row}]", want, int(lengths[row]), fix)
-    return rows.masked_fill(bad, torch.nan)
+    return bad
 
 
 def check_values(function: str, debug: bool, lengths: Tensor, **tensors: Tensor | None) -> None:

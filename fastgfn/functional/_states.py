@@ -59,7 +59,7 @@ def compacted(
     root = torch.where(keep[:, 0], log_flow[:, 0], log_z.to(log_flow))
     log_flow = torch.cat([root[:, None], log_flow[:, 1:]], 1)
     keep = torch.cat([torch.ones_like(keep[:, :1]), keep[:, 1:]], 1)
-    order = (~keep).to(torch.uint8).argsort(1, stable=True)
+    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
     steps = paths(log_pf, lengths).gather(1, order).diff(dim=1)
     return steps.to(log_pf.dtype), log_flow.gather(1, order), keep.sum(1) - 1
 
@@ -73,7 +73,7 @@ def interpolated(log_reward: Tensor, lengths: Tensor, segment: int, terminable: 
     is_knot = valid & ((column % segment == 0) | (column == lengths[:, None]) | first)
     before = torch.where(is_knot, column, 0).cummax(1).values
     after = torch.where(is_knot, column, column.shape[1] - 1).flip(1).cummin(1).values.flip(1)
-    share = (column - before) / (after - before).clamp(min=1)
+    share = (column - before).double() / (after - before).clamp(min=1)
     known = torch.where(is_knot, log_reward, 0).double()
-    value = torch.lerp(known.gather(1, before), known.gather(1, after), share.double())
+    value = torch.lerp(known.gather(1, before), known.gather(1, after), share)
     return torch.where(valid, value, 0).to(log_reward.dtype)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgfn import checks
-from fastgfn.functional import _states, subtb
+from fastgfn.functional import _rows, _states, subtb
 from fastgfn.functional._rows import Reduction
 
 
@@ -32,7 +32,9 @@ def interpolated_log_reward(
     _states.check_anchor(name, log_reward, terminable, None)
     _check_segment(name, segment)
     dtype = torch.promote_types(torch.float32, log_reward.dtype)
-    return _states.interpolated(log_reward.to(dtype), lengths, segment, terminable)
+    bad = _rows.out_of_range(name, lengths, log_reward.shape[1] - 1)
+    value = _states.interpolated(log_reward.to(dtype), lengths, segment, terminable)
+    return value.masked_fill(bad[:, None], torch.nan)
 
 
 def interpolated_subtb_loss(

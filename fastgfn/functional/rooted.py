@@ -170,13 +170,16 @@ def _prepared(
     _rows.check_options(options, lengths, grouped=log_z is None)
     _rows.check_log_z(name, lengths, log_z)
     _check_settings(name, settings)
+    ok, fix = log_prior is not None or settings.prior_scale in (0, 1), "pass log_prior"
+    checks.check(ok, name, "prior_scale", "0 or 1 without log_prior", settings.prior_scale, fix)
     _, valid = _rows.masks(lengths, log_pf.shape[1])
     valid = valid if terminable is None else valid & terminable
     values = [None if x is None else torch.where(valid, x, 0) for x in values]
     named = dict(zip(states, values, strict=True))
     _rows.check_values(name, debug, lengths, log_pf=log_pf, log_z=log_z, **named)
     log_pterm, log_reward, log_prior = (None if x is None else x.double() for x in values)
-    path = _states.paths(log_pf, lengths)
+    bad = _rows.out_of_range(name, lengths, log_pf.shape[1])
+    path = _states.paths(log_pf, lengths).masked_fill(bad[:, None], torch.nan)
     dtype = log_pf.dtype if log_z is None else torch.promote_types(log_pf.dtype, log_z.dtype)
     if log_z is None:
         delta = _states.last(path + log_pterm - log_reward, lengths)
@@ -194,7 +197,6 @@ def _loss(
         residual, weight = _terms(rows, settings)
         prefixes = residual_loss(residual, options.loss, options.residual_limit)
         num = num + prefix_weight * (weight * prefixes).sum(1)
-    num = _rows.marked(options.function, num, rows.lengths, rows.path.shape[1] - 1)
     return _rows.reduced(num, torch.ones_like(num), options, rows.dtype)
 
 
@@ -219,7 +221,7 @@ def _correction(rows: _Batch, settings: _Settings, k: Tensor, horizon: Tensor) -
     absent = rows.valid & ((rows.task - settings.missing_reward).abs() <= settings.tolerance) & (k <= horizon)
     if settings.k_max is not None:
         absent = absent & (k < settings.k_max) & (rows.lengths[:, None] >= settings.k_max)
-    beta, drop = settings.soft_beta, settings.soft_rho * k
+    beta, drop = settings.soft_beta, settings.soft_rho * k.double()
     future = torch.where(rows.valid & (k <= horizon), rows.task, -torch.inf).flip(1)
     largest = future.cummax(1).values.flip(1)
     soft = (beta * (future - drop.flip(1))).logcumsumexp(1).flip(1) / beta + drop

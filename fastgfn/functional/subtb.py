@@ -207,9 +207,8 @@ def subtb_potential(
     Raises: as `subtb_loss`.
     """
     log_pf, log_flow = _prepared("subtb_potential", log_pf, log_flow, lengths, log_pb, debug)
-    is_step, is_state = _rows.masks(lengths, log_pf.shape[1])
-    path = pad(torch.where(is_step, log_pf, 0).double().cumsum(1), (1, 0))
-    return torch.where(is_state, log_flow.double() - path, 0).to(log_flow.dtype)
+    _, is_state = _rows.masks(lengths, log_pf.shape[1])
+    return torch.where(is_state, log_flow.double() - _states.paths(log_pf, lengths), 0).to(log_flow.dtype)
 
 
 def termination_log_prob(
@@ -228,11 +227,7 @@ def termination_log_prob(
         "termination_log_prob", log_pf, lengths, states={"log_pterm": log_pterm}
     )
     _rows.check_values("termination_log_prob", debug, lengths, log_pf=log_pf, log_pterm=log_pterm)
-    is_step, is_state = _rows.masks(lengths, log_pf.shape[1])
-    is_last = is_state & ~pad(is_step, (0, 1))
-    total = torch.where(is_step, log_pf, 0).double().sum(1) + torch.where(is_last, log_pterm, 0).double().sum(
-        1
-    )
+    total = _states.last(_states.paths(log_pf, lengths), lengths) + _states.last(log_pterm, lengths).double()
     return total.to(log_pf.dtype)
 
 
@@ -299,8 +294,10 @@ def implied(
     _rows.check_values(options.function, debug, lengths, **named)
     log_flow = log_reward - log_pterm
     if terminable is not None:
+        bad = _rows.out_of_range(options.function, lengths, log_pf.shape[1])
         log_z = _states.anchor(log_pf, log_flow, lengths, terminable, options) if log_z is None else log_z
         log_pf, log_flow, lengths = _states.compacted(log_pf, log_flow, lengths, terminable, log_z)
+        lengths = lengths.masked_fill(bad, -2)
     if include_sink:
         log_pf, log_flow, lengths = _with_sink(log_pf, log_flow, lengths)
     return _reduced(log_pf, log_flow, lengths, subtb_lambda, options)

@@ -241,7 +241,7 @@ def _residual(
     if log_z is None:
         log_z = _rows.group_mean(-delta.detach(), used, options)
     residual = torch.where(used, delta + log_z.double(), 0)
-    return _rows.marked(name, residual, lengths, log_pf.shape[1]), dtype
+    return residual.masked_fill(_rows.out_of_range(name, lengths, log_pf.shape[1]), torch.nan), dtype
 
 
 def _path(log_probs: Tensor, is_step: Tensor) -> Tensor:
