@@ -20,6 +20,9 @@ from fastgfn.ops.quantized import (
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _onednn = torch.ops.mkldnn._linear_pointwise.default if HAS_ONEDNN else None
+# oneDNN compiles a kernel for every new shape, which below so many multiplications costs more than it saves:
+# a small model's trees have another size every step.
+FEWEST_PRODUCTS = 2**21
 # The layout chosen for 8 rows or more serves every number of rows.
 PACK_ROWS = 16
 
@@ -29,7 +32,7 @@ def product(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = N
     `packed` or `rollout_weight`."""
     if isinstance(weight, QuantizedWeight):
         return quantized_product(x, weight, bias)
-    if weight.is_mkldnn or _uses_onednn(x, weight):
+    if weight.is_mkldnn or (_uses_onednn(x, weight) and x.numel() * weight.shape[0] >= FEWEST_PRODUCTS):
         # oneDNN reads a bias as if it were contiguous, and refuses weights whose rows overlap
         bias = None if bias is None else bias.contiguous()
         return _onednn(x, _separate(weight), bias, "none", [], "")
