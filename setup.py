@@ -24,6 +24,7 @@ setup(
         "fastgfn.tasks",
         "fastgfn.integrations",
         "fastgfn.cli",
+        "fastgfn.config",
     ]
     + ["fastgfn.kernels"],
     package_dir={"fastgfn.kernels": "kernels"},

@@ -1,0 +1,84 @@
+"""All settings of a run in one frozen dataclass with flat names."""
+
+import math
+from dataclasses import dataclass
+
+from fastgfn.config.behavior import Behavior
+from fastgfn.config.settings import between
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(Behavior):
+    """Settings of `Trainer`, those of `Behavior` among them; every field has a unit or a range."""
+
+    steps: int = 100
+    """Optimiser steps."""
+    accumulation: int = 1
+    """Micro-batches whose gradients are averaged into one optimiser step."""
+    objective: str = "modified_subtb"
+    """What is balanced: "modified_subtb" (every prefix, which needs a reward of its own) or "vargrad" (whole
+    sequences of a prompt, two at least; a reward of whole sequences is enough)."""
+    subtb_lambda: float = 1.0
+    """Window weight lambda^(k-1) of "modified_subtb", in [0, 1]."""
+    normalization: str = "group"
+    """How windows (or sequences) are pooled: "group", "batch" or "trajectory"."""
+    max_tokens: int | None = None
+    """Most nodes of a token tree in one pass. A larger one is scored and differentiated in parts of whole
+    sequences, with equal gradients and less memory; None: always one pass."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of every layer for the backward pass, which runs the layer again: equal
+    gradients, less memory, one more forward."""
+    reward_temperature: tuple[float, float] = (1.0, 1.0)
+    """log R is divided by this: value at step 0 and value from reward_horizon on, linear between."""
+    reward_horizon: int = 1
+    """Optimiser steps over which the reward temperature moves."""
+    learning_rate: float = 1e-3
+    """Adam step size at its peak."""
+    warmup_steps: int = 10
+    """Optimiser steps of linear warm-up from 0."""
+    schedule: str = "cosine"
+    """After warm-up: "constant", "linear" or "cosine" decay to 0 at `steps`."""
+    adam_betas: tuple[float, float] = (0.9, 0.99)
+    """Adam's decay rates. Early residuals are orders of magnitude larger than late ones: a second moment
+    that remembers 1000 steps would keep late steps far below learning_rate."""
+    max_grad_norm: float = math.inf
+    """Gradient norm above this is scaled down to it."""
+    checkpoint_every: int = 25
+    """Optimiser steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        Behavior.__post_init__(self)
+        for field in ("steps", "accumulation", "reward_horizon"):
+            self._need(getattr(self, field) >= 1, field, ">= 1")
+        self._need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", ">= 1 or None")
+        for field in ("warmup_steps", "checkpoint_every"):
+            self._need(getattr(self, field) >= 0, field, ">= 0")
+        known = ("modified_subtb", "vargrad")
+        self._need(self.objective in known, "objective", "'modified_subtb' or 'vargrad'")
+        pairs = self.objective != "vargrad" or self.num_samples + self.replay_samples >= 2
+        self._need(pairs, "num_samples", ">= 2 with objective='vargrad'")
+        self._need(0.0 <= self.subtb_lambda <= 1.0, "subtb_lambda", "in [0, 1]")
+        self._pair("adam_betas", lambda v: 0.0 <= v < 1.0, "two numbers in [0, 1)")
+        self._pair("reward_temperature", lambda v: math.isfinite(v) and v > 0, "two numbers > 0")
+        self._need(self.learning_rate > 0, "learning_rate", "> 0")
+        self._need(self.max_grad_norm > 0, "max_grad_norm", "> 0")
+        self._need(
+            self.schedule in ("constant", "linear", "cosine"), "schedule", "constant, linear or cosine"
+        )
+        names = ("group", "batch", "trajectory")
+        self._need(self.normalization in names, "normalization", f"one of {names}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Adam step size of optimiser step `step` (0-based)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        factor = {
+            "constant": 1.0,
+            "linear": 1.0 - progress,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        }[self.schedule]
+        return self.learning_rate * factor
+
+    def reward_temperature_at(self, step: int) -> float:
+        return between(self.reward_temperature, step / self.reward_horizon)
