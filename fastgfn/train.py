@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from fastgfn import checks
+from fastgfn.behavior import Explorer
 from fastgfn.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from fastgfn.config import TrainConfig
 from fastgfn.models import Policy
@@ -27,12 +27,10 @@ from fastgfn.ops.tree import path_nodes
 from fastgfn.packing import pack
 from fastgfn.passes import add_gradients
 from fastgfn.phases import phase
-from fastgfn.replay import ReplayBuffer
 from fastgfn.rewards import Reward
-from fastgfn.rollout import check_prompts, sample
+from fastgfn.rollout import check_prompts
 from fastgfn.types import Constraints, Grammar, Rollouts, TokenTree, as_int64
 
-_TEMPERATURES, _REPLAY, _PROMPTS = range(3)
 # Nats per token by which the sampler's log q may differ from the score's before merging is given up.
 MOST_DRIFT = 0.1
 
@@ -110,12 +108,10 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             parameters, lr=config.learning_rate, betas=config.adam_betas, fused=True
         )
-        self.buffer = ReplayBuffer(
-            config.replay_capacity,
-            duplicates=config.replay_duplicates if config.replay_samples else "exact",
-            tolerance=config.replay_tolerance,
-            priority=config.replay_priority,
+        self.explorer = Explorer(
+            policy, prompts=prompts, constraints=constraints, config=config, grammar=grammar
         )
+        self.buffer = self.explorer.buffer
         self.steps_done = 0
         self.trajectories = 0
         self.tokens = 0
@@ -134,20 +130,8 @@ class Trainer:
         metrics: dict[str, float] = {"loss": 0.0, "log_z": 0.0, "drift": 0.0}
         self.optimizer.zero_grad()
         for micro in range(config.accumulation):
-            drawn = sample(
-                self._prompts(step, micro),
-                policy=self.policy,
-                constraints=self.constraints,
-                num_samples=config.num_samples,
-                temperature=self._temperatures(step, micro),
-                grammar=self.grammar,
-                seed=config.seed,
-                first_trajectory=self.trajectories,
-                merge=self.merges,
-                precision=getattr(torch, config.rollout_precision or "", None) if self.merges else None,
-            )
-            together = self._with_replay(drawn, step, micro)
-            tree = pack(together, grammar=self.grammar, device=self.policy.device)
+            drawn = self.explorer.draw(step, micro, first_trajectory=self.trajectories, merge=self.merges)
+            tree = pack(drawn.rollouts, grammar=self.grammar, device=self.policy.device)
             result = add_gradients(
                 tree,
                 policy=self.policy,
@@ -159,10 +143,12 @@ class Trainer:
                 max_tokens=config.max_tokens,
                 scale=1.0 / config.accumulation,
             )
-            self._remember(drawn, result.log_reward)
+            self.explorer.remember(drawn, result.log_reward)
+            self.trajectories += drawn.num_trajectories
+            self.tokens += drawn.num_tokens
             metrics["loss"] += float(result.loss) / config.accumulation
             metrics["log_z"] += float(result.log_z.mean()) / config.accumulation
-            metrics["drift"] += drift(drawn, tree, result.log_pf) / config.accumulation
+            metrics["drift"] += drift(drawn.fresh, tree, result.log_pf) / config.accumulation
         self._check_drift(metrics["drift"])
         metrics["grad_norm"] = self._update(learning_rate)
         self.steps_done += 1
@@ -292,42 +278,6 @@ class Trainer:
             saved = run.get(key)
             fix = "resume with the settings the run was started with"
             checks.check(saved == value, "Trainer.resume", key, _short(saved), _short(value), fix)
-
-    def _rng(self, stream: int, *index: int) -> np.random.Generator:
-        """A generator of its own for every (stream, step, micro-batch), so there is no state to save."""
-        return np.random.default_rng([self.config.seed, stream, *index])
-
-    def _prompts(self, step: int, micro: int) -> list[list[int]]:
-        """The next prompts of a stream that visits every prompt once per epoch, in a new order each time."""
-        first = (step * self.config.accumulation + micro) * self.config.prompts_per_step
-        chosen = []
-        for index in range(first, first + self.config.prompts_per_step):
-            epoch, place = divmod(index, len(self.prompts))
-            chosen.append(self.prompts[self._rng(_PROMPTS, epoch).permutation(len(self.prompts))[place]])
-        return chosen
-
-    def _temperatures(self, step: int, micro: int) -> Tensor:
-        """(N,) sampling temperatures: the first `tempered_share` of each prompt's samples are tempered."""
-        config = self.config
-        shape = (config.prompts_per_step, config.num_samples)
-        tempered = round(config.tempered_share_at(step) * config.num_samples)
-        low, high = config.temperature_range
-        values = torch.from_numpy(self._rng(_TEMPERATURES, step, micro).uniform(low, high, size=shape))
-        values[:, tempered:] = 1.0
-        return values.flatten()
-
-    def _with_replay(self, drawn: Rollouts, step: int, micro: int) -> Rollouts:
-        if not self.config.replay_samples:
-            return drawn
-        rng = self._rng(_REPLAY, step, micro)
-        replayed = self.buffer.sample(drawn, self.config.replay_samples, rng)
-        return drawn if replayed is None else drawn.extended(replayed)
-
-    def _remember(self, drawn: Rollouts, terminal_log_reward: Tensor) -> None:
-        self.trajectories += drawn.num_trajectories
-        self.tokens += drawn.num_tokens
-        if self.config.replay_samples:
-            self.buffer.add(drawn, terminal_log_reward[: drawn.num_trajectories].cpu())
 
     @phase("optimizer")
     def _update(self, learning_rate: float) -> float:

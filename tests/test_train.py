@@ -256,7 +256,7 @@ def test_a_failed_step_can_be_tried_again(tiny_policy, where, monkeypatch):
 def test_every_prompt_is_visited_once_per_epoch(tiny_policy):
     prompts = [[i] for i in range(1, 8)]
     trainer = _trainer(tiny_policy(), prompts=prompts, prompts_per_step=3, accumulation=2)
-    stream = [p for step in range(7) for micro in range(2) for p in trainer._prompts(step, micro)]
+    stream = [p for step in range(7) for micro in range(2) for p in trainer.explorer.prompts(step, micro)]
     epochs = [stream[i : i + 7] for i in range(0, 42, 7)]
     assert all(sorted(e) == prompts for e in epochs) and len({str(e) for e in epochs}) > 1
 
