@@ -24,6 +24,7 @@ setup(
         "fastgfn.tasks",
         "fastgfn.integrations",
         "fastgfn.cli",
+        "fastgfn.behavior",
         "fastgfn.config",
     ]
     + ["fastgfn.kernels"],

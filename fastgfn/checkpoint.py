@@ -22,7 +22,8 @@ from fastgfn.models.policy import PARTIAL
 
 KEEP = 2
 # What a run writes beside checkpoints/ and events/; run.json, which says that they are a run's, goes last.
-RUN_FILES = ("report.json", "histogram.png", "adapter_config.json", "adapter_model.safetensors", "run.json")
+RUN_FILES = ("report.json", "histogram.png", "failed_step.json", "adapter_config.json")
+RUN_FILES += ("adapter_model.safetensors", "run.json")
 RUN_KEYS = {
     "model": str,
     "prompt_ids": list,

@@ -22,12 +22,30 @@ class MissingPackageError(ImportError):
     """An optional package that the requested feature needs."""
 
 
+class NonFiniteError(InputError):
+    """A loss, reward, gradient or activation that is nan or inf.
+
+    tree, log_reward: the token tree and its (T,) log R, where it was the reward.
+    trajectories: JSON-ready records of those behind it, as far as they are known, see fastgfn.failures.
+    """
+
+    def __init__(self, message: str, *, tree: Any = None, log_reward: Tensor | None = None) -> None:
+        super().__init__(message)
+        self.tree = tree
+        self.log_reward = log_reward
+        self.trajectories: list[dict] = []
+
+
 USER_ERRORS = (InputError, InputTypeError, MissingPackageError)
 
 
 def fail(function: str, arg: str, want: Any, have: Any, fix: str, *, kind: type = InputError) -> NoReturn:
     """Raise `kind` with the one message form."""
-    raise kind(f"{function}: {arg} must be {want}, got {have}; {fix}")
+    raise kind(message(function, arg, want, have, fix))
+
+
+def message(function: str, arg: str, want: Any, have: Any, fix: str) -> str:
+    return f"{function}: {arg} must be {want}, got {have}; {fix}"
 
 
 def check(ok: bool, function: str, arg: str, want: Any, have: Any, fix: str) -> None:

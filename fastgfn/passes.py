@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgfn import checks
+from fastgfn.functional.importance import importance_weights
 from fastgfn.models import Policy
 from fastgfn.objectives import (
     Objective,
@@ -39,12 +40,14 @@ class Pass:
     loss: () float64, of the whole tree.
     log_z: (G,) group means of log R(x) / T_reward - log q(x).
     log_reward: (N,) un-tempered log R of every trajectory.
+    log_q: (N,) float64 log q of every trajectory, the stop included.
     log_pf: (T,) log q of every action node, as of `score`.
     """
 
     loss: Tensor
     log_z: Tensor
     log_reward: Tensor
+    log_q: Tensor
     log_pf: Tensor
 
 
@@ -74,6 +77,8 @@ def add_gradients(
     normalization: str = "group",
     max_tokens: int | None = None,
     scale: float = 1.0,
+    log_behavior: Tensor | None = None,  # (N,)
+    importance_clip: tuple[float, float] | None = None,
 ) -> Pass:
     """Add the gradient of scale * the objective to `.grad` of the policy's parameters.
 
@@ -84,6 +89,8 @@ def add_gradients(
         max_tokens: a tree of more nodes is scored and differentiated in parts, see `split_tree`; no part's
             graph outlives it. Equal to one pass up to rounding; the price is that nodes which parts share
             are computed in each, and one more forward where log Z(X) has to be known beforehand.
+        log_behavior, importance_clip: where a clip (low, high) is given, trajectories are weighed with
+            `functional.importance.importance_weights`, 1 where log_behavior is NaN (unknown); numerator only.
 
     Raises:
         InputError: as `split_tree`, `log_reward` and the objective, which must fit the reward; no trajectory.
@@ -92,22 +99,21 @@ def add_gradients(
     checks.check(num > 0, "add_gradients", "tree", "of at least one trajectory", num, "pack some rollouts")
     loss_of, coefficients, reads_log_z = _objective(objective, tree, reward, subtb_lambda, normalization)
     parts = split_tree(tree, max_tokens=max_tokens)
+    weights_of = partial(_weights, log_behavior=log_behavior, clip=importance_clip)
     log_z, known = None, [None] * len(parts)
     if reads_log_z and _share_groups(parts):
         log_z, known = _log_z(tree, parts, policy, reward, reward_temperature)
 
-    def add(part: TreePart, raw_log_reward: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if raw_log_reward is None:
-            log_probs, raw_log_reward = score_and_reward(part.tree, policy=policy, reward=reward)
-        else:
-            log_probs = score(part.tree, policy=policy)
+    def add(part: TreePart, raw_log_reward: Tensor | None) -> tuple[Tensor, ...]:
+        log_probs, raw_log_reward = _scored(part.tree, raw_log_reward, policy, reward)
         tempered = raw_log_reward / reward_temperature
+        log_q = trajectory_log_q(log_probs, part.tree)
         loss = loss_of(
             log_probs,
             tree=part.tree,
             log_reward=tempered,
             log_z=None if log_z is None else log_z[: part.tree.num_groups],
-            coefficients=coefficients[part.trajectories],
+            coefficients=coefficients[part.trajectories] * weights_of(log_q, part),
         ).loss
         with phase("backward"):
             (loss * scale).backward()
@@ -115,14 +121,26 @@ def add_gradients(
             loss.detach().double(),
             log_ratio(log_probs, part.tree, tempered),
             raw_log_reward[part.tree.leaf],
+            log_q,
             log_probs.log_pf.detach(),
         )
 
-    results = [add(part, value) for part, value in zip(parts, known, strict=True)]
-    losses, ratios, log_rewards, log_pfs = zip(*results, strict=True)
-    log_z = group_mean(_by_trajectory(parts, ratios), tree)
+    return _gathered(tree, parts, [add(part, value) for part, value in zip(parts, known, strict=True)])
+
+
+def _scored(tree: TokenTree, known: Tensor | None, policy: Policy, reward: Reward) -> tuple[LogProbs, Tensor]:
+    """`score_and_reward`, or `score` where log R is known."""
+    if known is None:
+        return score_and_reward(tree, policy=policy, reward=reward)
+    return score(tree, policy=policy), known
+
+
+def _gathered(tree: TokenTree, parts: Sequence[TreePart], results: Sequence[tuple[Tensor, ...]]) -> Pass:
+    """The whole tree's, from the loss, (N',) values and (T',) log q of every part."""
+    losses, *by_trajectory, log_pfs = zip(*results, strict=True)
+    ratios, log_rewards, log_qs = (_by_trajectory(parts, values) for values in by_trajectory)
     log_pf = _by_node(parts, log_pfs, tree.num_nodes)
-    return Pass(torch.stack(losses).sum(), log_z, _by_trajectory(parts, log_rewards), log_pf)
+    return Pass(torch.stack(losses).sum(), group_mean(ratios, tree), log_rewards, log_qs, log_pf)
 
 
 def _objective(
@@ -138,6 +156,21 @@ def _objective(
     checks.check(not whole_only, "add_gradients", "reward", want, "a terminal-only reward", fix)
     coefficients = window_coefficients(tree, subtb_lambda=subtb_lambda, normalization=normalization)
     return partial(modified_subtb_loss, subtb_lambda=subtb_lambda), coefficients, has_anchor(tree)
+
+
+def trajectory_log_q(log_probs: LogProbs, tree: TokenTree) -> Tensor:
+    """(N,) float64 log q of every trajectory, the stop included, without gradient."""
+    return -log_ratio(log_probs, tree, torch.zeros_like(log_probs.log_pf)).double()
+
+
+def _weights(
+    log_q: Tensor, part: TreePart, *, log_behavior: Tensor | None, clip: tuple[float, float] | None
+) -> Tensor | float:
+    """(N',) importance weights of a part's trajectories, or 1."""
+    if clip is None:
+        return 1.0
+    drawn = log_behavior.to(log_q.device)[part.trajectories]
+    return importance_weights(log_q, drawn, clip=clip, unknown_as_one=True)
 
 
 def _share_groups(parts: Sequence[TreePart]) -> bool:

@@ -107,7 +107,8 @@ def log_reward(tree: TokenTree, *, reward: Reward) -> Tensor:
     Of a terminal-only reward 0 also where no trajectory stops.
 
     Raises:
-        InputError: the reward returned a wrong shape or a non-finite value (the sequence is named).
+        InputError: the reward returned a wrong shape or (NonFiniteError) a non-finite value; the sequence is
+            named.
         InputTypeError: it returned something that is not a floating-point tensor.
     """
     value = reward(tree)
@@ -131,11 +132,8 @@ def log_reward(tree: TokenTree, *, reward: Reward) -> Tensor:
     bad = ~value.isfinite()
     if bool(bad.any()):
         node = bad.nonzero()[0]
-        checks.fail(
-            "log_reward",
-            "log R",
-            "finite",
-            f"{float(value[node])} for Z = {node_sequences(tree, node)[0]}",
-            "clamp the reward from below (e.g. -99) and check its inputs",
-        )
+        have = f"{float(value[node])} for Z = {node_sequences(tree, node)[0]}"
+        fix = "clamp the reward from below (e.g. -99) and check its inputs"
+        text = checks.message("log_reward", "log R", "finite", have, fix)
+        raise checks.NonFiniteError(text, tree=tree, log_reward=value)
     return value

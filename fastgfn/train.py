@@ -18,14 +18,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fastgfn import checks
+from fastgfn import checks, failures
 from fastgfn.behavior import Explorer
 from fastgfn.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from fastgfn.config import TrainConfig
 from fastgfn.models import Policy
 from fastgfn.ops.tree import path_nodes
 from fastgfn.packing import pack
-from fastgfn.passes import add_gradients
+from fastgfn.passes import Pass, add_gradients
 from fastgfn.phases import phase
 from fastgfn.rewards import Reward
 from fastgfn.rollout import check_prompts
@@ -64,10 +64,18 @@ class Trainer:
         constraints: the sequence set.
         config: settings.
         grammar: which tokens may follow each sequence, as of `sample`; the same one where a run is resumed.
+        demonstrations: (place of a prompt in `prompts`, token ids of a Z without the termination token). With
+            replay they enter the buffer before step 0, with the R that they have; see also
+            `demonstration_samples`.
+        seed_prompts: for every prompt, or None for some, another that reveals the answer. What is drawn from
+            it before step 0 (`seed_prompt_samples`) enters the buffer of the prompt itself.
+        seed_constraints: the sequence set of these draws, within `constraints`: a shorter max_length, or
+            further termination tokens to cut at. None: `constraints`.
 
     Raises:
-        InputError: no prompts, a prompt or constraints that do not fit the model, no trainable parameters, or
-            a terminal-only reward for an objective of prefixes.
+        InputError: no prompts, a prompt or constraints that do not fit the model, no trainable parameters, a
+            terminal-only reward for an objective of prefixes, a demonstration outside the constraints or the
+            grammar, or demonstrations and seed prompts that the settings have no use for.
     """
 
     def __init__(
@@ -79,6 +87,9 @@ class Trainer:
         constraints: Constraints,
         config: TrainConfig,
         grammar: Grammar | None = None,
+        demonstrations: Sequence[tuple[int, Sequence[int]]] = (),
+        seed_prompts: Sequence[Sequence[int] | None] | None = None,
+        seed_constraints: Constraints | None = None,
     ) -> None:
         checks.check(
             len(prompts) > 0, "Trainer", "prompts", "at least one prompt", 0, "pass lists of token ids"
@@ -109,7 +120,14 @@ class Trainer:
             parameters, lr=config.learning_rate, betas=config.adam_betas, fused=True
         )
         self.explorer = Explorer(
-            policy, prompts=prompts, constraints=constraints, config=config, grammar=grammar
+            policy,
+            prompts=prompts,
+            constraints=constraints,
+            config=config,
+            grammar=grammar,
+            demonstrations=demonstrations,
+            seed_prompts=seed_prompts,
+            seed_constraints=seed_constraints,
         )
         self.buffer = self.explorer.buffer
         self.steps_done = 0
@@ -124,25 +142,45 @@ class Trainer:
         """One optimiser step over `accumulation` micro-batches; returns metrics of the batch.
 
         A step that raises leaves the trainer as it was, without gradients: the next one draws what it would.
+
+        Raises:
+            NonFiniteError: a reward, loss or gradient is nan or inf; `trajectories` has those behind it.
+            InputError: nothing to train on for a prompt, where num_samples is 0.
         """
         config, step = self.config, self.steps_done
         learning_rate, reward_temperature = config.learning_rate_at(step), config.reward_temperature_at(step)
         metrics: dict[str, float] = {"loss": 0.0, "log_z": 0.0, "drift": 0.0}
         self.optimizer.zero_grad()
+        batches = []
+        if step == 0:
+            self._fill()
         for micro in range(config.accumulation):
-            drawn = self.explorer.draw(step, micro, first_trajectory=self.trajectories, merge=self.merges)
+            with failures.named(self.policy):
+                drawn = self.explorer.draw(
+                    step,
+                    micro,
+                    reward=self.reward,
+                    reward_temperature=reward_temperature,
+                    first_trajectory=self.trajectories,
+                    merge=self.merges,
+                )
             tree = pack(drawn.rollouts, grammar=self.grammar, device=self.policy.device)
-            result = add_gradients(
-                tree,
-                policy=self.policy,
-                reward=self.reward,
-                reward_temperature=reward_temperature,
-                objective=config.objective,
-                subtb_lambda=config.subtb_lambda,
-                normalization=config.normalization,
-                max_tokens=config.max_tokens,
-                scale=1.0 / config.accumulation,
-            )
+            with failures.named(self.policy, drawn.rollouts):
+                result = add_gradients(
+                    tree,
+                    policy=self.policy,
+                    reward=self.reward,
+                    reward_temperature=reward_temperature,
+                    objective=config.objective,
+                    subtb_lambda=config.subtb_lambda,
+                    normalization=config.normalization,
+                    max_tokens=config.max_tokens,
+                    scale=1.0 / config.accumulation,
+                    log_behavior=drawn.rollouts.log_behavior,
+                    importance_clip=config.importance_clip,
+                )
+            failures.check_loss(result, drawn.rollouts, self.policy)
+            batches.append((result, drawn.rollouts))
             self.explorer.remember(drawn, result.log_reward)
             self.trajectories += drawn.num_trajectories
             self.tokens += drawn.num_tokens
@@ -150,7 +188,7 @@ class Trainer:
             metrics["log_z"] += float(result.log_z.mean()) / config.accumulation
             metrics["drift"] += drift(drawn.fresh, tree, result.log_pf) / config.accumulation
         self._check_drift(metrics["drift"])
-        metrics["grad_norm"] = self._update(learning_rate)
+        metrics["grad_norm"] = self._update(learning_rate, batches)
         self.steps_done += 1
         metrics |= {"learning_rate": learning_rate, "reward_temperature": reward_temperature}
         return metrics | {
@@ -173,6 +211,7 @@ class Trainer:
         `should_stop` is asked after every step; when it says yes a checkpoint is written and False returned.
 
         Raises:
+            NonFiniteError: as `step`; failed_step.json in the folder has the trajectories.
             InputError: the folder holds checkpoints and this trainer neither wrote nor resumed them.
         """
         every = self.config.checkpoint_every
@@ -180,7 +219,11 @@ class Trainer:
         if os.path.realpath(run_folder) != self._run_folder:
             self.save(run_folder)
         while self.steps_done < self.config.steps:
-            metrics = self.step()
+            try:
+                metrics = self.step()
+            except checks.NonFiniteError as error:
+                self._write_failure(Path(run_folder), error)
+                raise
             on_step(self.steps_done, metrics)
             self.seconds = time.perf_counter() - started
             stop = should_stop()
@@ -254,6 +297,21 @@ class Trainer:
             )
             self.merges = False
 
+    def _fill(self) -> None:
+        """Demonstrations and what seed prompts yield go into the buffer."""
+        with failures.named(self.policy):
+            drawn, tokens = self.explorer.fill(
+                reward=self.reward, first_trajectory=self.trajectories, merge=self.merges
+            )
+        self.trajectories += drawn
+        self.tokens += tokens
+
+    def _write_failure(self, folder: Path, error: checks.NonFiniteError) -> None:
+        config, step = self.config, self.steps_done
+        prompts = [self.explorer.prompts(step, micro) for micro in range(config.accumulation)]
+        about = {"step": step, "seed": config.seed, "config": config.to_dict(), "prompts": prompts}
+        failures.write(folder, error, **about)
+
     def _describe(self) -> dict:
         """What has to be the same for a run to be continued."""
         limits = self.constraints
@@ -265,6 +323,7 @@ class Trainer:
             "min_length": limits.min_length,
             "max_length": limits.max_length,
             "termination": limits.termination,
+            "demonstrations and seed prompts": self.explorer.given_hash,
             "grammar": None if self.grammar is None else type(self.grammar).__name__,
             "prompts and logit_bias": hashlib.sha256(text.encode()).hexdigest(),
             "trainable tensors": [[name, list(p.shape)] for name, p in self.policy.parameters()],
@@ -272,7 +331,10 @@ class Trainer:
 
     def _same_run(self, state: dict) -> None:
         # a run from before a setting existed had what is now its default
-        first = TrainConfig().to_dict() | {"extra_termination_token_ids": []}
+        first = TrainConfig().to_dict() | {
+            "extra_termination_token_ids": [],
+            "demonstrations and seed prompts": None,
+        }
         run = json.loads(json.dumps(first)) | state["run"]
         for key, value in json.loads(json.dumps(self._describe())).items():
             saved = run.get(key)
@@ -280,17 +342,10 @@ class Trainer:
             checks.check(saved == value, "Trainer.resume", key, _short(saved), _short(value), fix)
 
     @phase("optimizer")
-    def _update(self, learning_rate: float) -> float:
+    def _update(self, learning_rate: float, batches: list[tuple[Pass, Rollouts]]) -> float:
         parameters = [p for _, p in self.policy.parameters()]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        checks.check(
-            bool(norm.isfinite()),
-            "Trainer.step",
-            "the gradient norm",
-            "finite",
-            float(norm),
-            "lower learning_rate or set max_grad_norm; the weights are unchanged",
-        )
+        failures.check_norm(norm, batches, self.policy)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -307,6 +362,8 @@ def drift(rollouts: Rollouts, tree: TokenTree, log_pf: Tensor) -> float:
     counted = rollouts.action_mask().clone()
     if limits.termination == "own":
         counted[:, : limits.min_length] = False
+    if not num:
+        return 0.0
     gap = log_pf.cpu()[nodes.clamp(min=0)] - rollouts.log_pf
     return float(gap[counted].abs().mean()) if bool(counted.any()) else 0.0
 

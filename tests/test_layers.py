@@ -18,7 +18,7 @@ LAYERS = [
     ({"models", "attention"}, True),
     ({"rollout", "packing", "scoring", "rewards", "objectives", "replay"}, False),
     ({"checkpoint", "distributed", "evaluate", "passes"}, False),
-    ({"behavior"}, False),
+    ({"behavior", "failures"}, False),
     ({"train"}, False),
     ({"baselines", "lab", "tasks", "throughput"}, True),
     ({"integrations", "cli"}, True),

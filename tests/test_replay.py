@@ -191,7 +191,7 @@ def test_a_trainer_of_tool_rollouts_replays_them(tiny_policy, monkeypatch):
         trees.append((rollouts, pack(rollouts, **options)))
         return trees[-1][1]
 
-    monkeypatch.setattr("fastgfn.behavior.sample", drawn)
+    monkeypatch.setattr("fastgfn.behavior.sampler.sample", drawn)
     monkeypatch.setattr("fastgfn.train.pack", packed)
     policy = tiny_policy(dtype=torch.float32)
     bias = torch.zeros(13).index_fill(0, torch.tensor(5), 3.0)

@@ -55,7 +55,7 @@ class TrainConfig(Behavior):
             self._need(getattr(self, field) >= 0, field, ">= 0")
         known = ("modified_subtb", "vargrad")
         self._need(self.objective in known, "objective", "'modified_subtb' or 'vargrad'")
-        pairs = self.objective != "vargrad" or self.num_samples + self.replay_samples >= 2
+        pairs = self.objective != "vargrad" or self.most_per_prompt >= 2
         self._need(pairs, "num_samples", ">= 2 with objective='vargrad'")
         self._need(0.0 <= self.subtb_lambda <= 1.0, "subtb_lambda", "in [0, 1]")
         self._pair("adam_betas", lambda v: 0.0 <= v < 1.0, "two numbers in [0, 1)")

@@ -207,7 +207,9 @@ def _check_mask(allowed: Tensor, shape: tuple[int, int]) -> None:
 
 def check_finite(ok: bool) -> None:
     fix = "the weights have diverged: lower learning_rate or set max_grad_norm"
-    checks.check(ok, "sample", "hidden states", "finite", "nan or inf", fix)
+    if not ok:
+        have = "nan or inf"
+        checks.fail("sample", "hidden states", "finite", have, fix, kind=checks.NonFiniteError)
 
 
 def check_drawn(ok: bool) -> None:
