@@ -5,7 +5,7 @@ runs it, `score_and_reward` is the two in the middle for one head pass, and `fas
 tensor-level API for other libraries.
 """
 
-from fastgfn.config import TrainConfig
+from fastgfn.config import Behavior, TrainConfig
 from fastgfn.models import Policy, load_policy
 from fastgfn.objectives import modified_subtb_loss, vargrad_loss
 from fastgfn.ops.backends import backend_info
@@ -21,6 +21,7 @@ from fastgfn.types import Constraints, LogProbs, Rollouts, TokenTree
 __version__ = "0.1.0"
 
 __all__ = [
+    "Behavior",
     "Constraints",
     "LMReward",
     "LogProbs",

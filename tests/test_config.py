@@ -1,7 +1,7 @@
 import pytest
 
 from fastgfn.checks import InputError
-from fastgfn.config import TrainConfig
+from fastgfn.config import Behavior, TrainConfig
 
 
 def test_schedules():
@@ -22,6 +22,28 @@ def test_schedules():
     assert config.reward_temperature_at(500) == pytest.approx(0.8)
     assert TrainConfig(steps=110, schedule="constant").learning_rate_at(100) == 1e-3
     assert TrainConfig(steps=110, schedule="linear").learning_rate_at(60) == pytest.approx(5e-4)
+
+
+def test_behaviours_move_along_their_horizons():
+    config = Behavior(
+        num_samples=6,
+        epsilon=(0.4, 0.0),
+        epsilon_horizon=10,
+        replay_share=(0.0, 0.75),
+        replay_horizon=4,
+        local_search_samples=(0, 5),
+        local_search_horizon=2,
+        demonstration_samples=(3, 0),
+        demonstration_horizon=6,
+    )
+    assert [config.epsilon_at(step) for step in (0, 5, 10, 99)] == pytest.approx([0.4, 0.2, 0.0, 0.0])
+    assert [config.replay_samples_at(step) for step in (0, 2, 4, 9)] == [0, 4, 18, 18]
+    assert [config.local_search_samples_at(step) for step in (0, 1, 2, 7)] == [0, 2, 5, 5]
+    assert [config.demonstration_samples_at(step) for step in (0, 2, 4, 6)] == [3, 2, 1, 0]
+    assert config.uses_buffer and not Behavior().uses_buffer
+    assert Behavior(replay_samples=7).replay_samples_at(3) == 7
+    settings = TrainConfig(**config.to_dict())
+    assert settings.replay_samples_at(2) == 4 and set(config.to_dict()) < set(settings.to_dict())
 
 
 def test_a_mapping_round_trips_and_an_unknown_key_names_the_closest():
@@ -46,6 +68,24 @@ def test_a_mapping_round_trips_and_an_unknown_key_names_the_closest():
         ("gradient_checkpointing", 1),
         ("gradient_checkpointing", "yes"),
         ("num_samples", 0),
+        ("num_samples", -1),
+        ("epsilon", (0.5, 1.5)),
+        ("epsilon", 0.5),
+        ("epsilon_horizon", 0),
+        ("epsilon_share", 1.5),
+        ("replay_share", (0.0, 1.0)),
+        ("local_search_samples", (-1, 0)),
+        ("local_search_samples", (4, float("inf"))),
+        ("local_search_from", "worst"),
+        ("local_search_accept", "annealed"),
+        ("local_search_rounds", 0),
+        ("demonstration_samples", (1,)),
+        ("seed_prompt_samples", -1),
+        ("seed_prompt_temperature", 0.0),
+        ("importance_clip", (2.0, 1.0)),
+        ("importance_clip", (0.0, 0.0)),
+        ("importance_clip", (-1.0, 1.0)),
+        ("importance_clip", 8.0),
         ("tempered_share", (0.5, 1.5)),
         ("adam_betas", (0.9, 1.0)),
         ("subtb_lambda", -0.1),
@@ -80,3 +120,50 @@ def test_vargrad_needs_two_sequences_of_a_prompt():
     with pytest.raises(InputError, match=want):
         TrainConfig(objective="vargrad", num_samples=1)
     TrainConfig(objective="vargrad", num_samples=1, replay_samples=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            dict(replay_samples=4, replay_share=(0.5, 0.5)),
+            r"replay_share must be \(0, 0\) beside replay_samples",
+        ),
+        (dict(replay_share=(0.0, 0.75)), "replay_capacity must be >= 60, what replay_share=0.75 adds to"),
+        (
+            dict(num_samples=0, replay_share=(0.5, 0.0), demonstration_samples=(1, 1)),
+            "where num_samples is 0",
+        ),
+        (
+            dict(num_samples=0, replay_samples=4, epsilon=(0.1, 0.0)),
+            r"epsilon must be \(0, 0\) where num_sam",
+        ),
+        (
+            dict(num_samples=0, replay_samples=4, local_search_samples=(1, 1)),
+            "must be at most num_samples = 0",
+        ),
+        (
+            dict(num_samples=4, local_search_samples=(1, 5)),
+            "at most num_samples = 4, .* or search from the buff",
+        ),
+        (
+            dict(local_search_samples=(1, 1), local_search_from="buffer"),
+            "must be 'best' or 'random' without re",
+        ),
+        (
+            dict(num_samples=0, demonstration_samples=(1, 1), objective="vargrad"),
+            "num_samples must be >= 2 with",
+        ),
+    ],
+)
+def test_refuses_settings_that_contradict_each_other(values, message):
+    with pytest.raises(InputError, match=f"TrainConfig: .*{message}"):
+        TrainConfig(**values)
+
+
+def test_sequences_that_are_not_drawn_can_be_trained_on():
+    TrainConfig(num_samples=0, replay_samples=4)
+    TrainConfig(num_samples=0, demonstration_samples=(2, 2), objective="vargrad")
+    TrainConfig(num_samples=1, replay_share=(0.5, 0.5), objective="vargrad")
+    TrainConfig(local_search_samples=(30, 30), local_search_from="buffer", replay_share=(0.1, 0.1))
+    assert TrainConfig.from_dict({"importance_clip": [0.5, 8]}).importance_clip == (0.5, 8)
