@@ -209,7 +209,8 @@ def test_demonstrations_and_seeds_are_in_the_buffer_with_their_reward(tiny_polic
     trainer = _trainer(
         policy, prompts=[PROMPT, [3]], constraints=Constraints(0, max_length=3), num_samples=2,
         demonstrations=[(0, [1, 2, 3]), (0, torch.tensor([5])), (1, [])], replay_samples=2,
-        seed_prompts=[None, [4, 4]], seed_constraints=cut, seed_prompt_samples=5, seed_prompt_temperature=1.5, prompts_per_step=2,
+        seed_prompts=[None, [4, 4]], seed_constraints=cut, seed_prompt_samples=5, seed_prompt_temperature=1.5,
+        prompts_per_step=2,
     )  # fmt: skip
     want = sample(
         [[4, 4]], policy=policy, constraints=cut, num_samples=5, temperature=1.5, seed=0

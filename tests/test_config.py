@@ -144,7 +144,7 @@ def test_vargrad_needs_two_sequences_of_a_prompt():
         ),
         (
             dict(num_samples=4, local_search_samples=(1, 5)),
-            "at most num_samples = 4, .* or search from the buff",
+            "at most num_samples = 4 .* or search from the buff",
         ),
         (
             dict(local_search_samples=(1, 1), local_search_from="buffer"),

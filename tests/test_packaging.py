@@ -30,6 +30,7 @@ def test_kernels_resolve_inside_the_package_and_only_there():
 
 def test_public_names_are_frozen():
     assert sorted(fastgfn.__all__) == [
+        "Behavior",
         "Constraints",
         "LMReward",
         "LogProbs",
