@@ -20,6 +20,7 @@ setup(
         "fastgfn.ops",
         "fastgfn.functional",
         "fastgfn.models",
+        "fastgfn.replay",
         "fastgfn.rollout",
         "fastgfn.tasks",
         "fastgfn.integrations",
