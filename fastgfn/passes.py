@@ -28,7 +28,7 @@ from fastgfn.objectives import (
 )
 from fastgfn.packing import split_tree
 from fastgfn.phases import phase
-from fastgfn.rewards import LMReward, Reward, log_reward
+from fastgfn.rewards import LMReward, Reward, log_factors, log_reward
 from fastgfn.scoring import constrained, limits, score
 from fastgfn.types import LogProbs, TokenTree, TreePart
 
@@ -39,7 +39,8 @@ class Pass:
 
     loss: () float64, of the whole tree.
     log_z: (G,) group means of log R(x) / T_reward - log q(x).
-    log_reward: (N,) un-tempered log R of every trajectory.
+    log_reward: (N,) log R of every trajectory, not divided by reward_temperature.
+    log_factors: (N, K) its un-tempered factors, of a `ProductReward`; of any other reward (N, 1), itself.
     log_q: (N,) float64 log q of every trajectory, the stop included.
     log_pf: (T,) log q of every action node, as of `score`.
     """
@@ -47,6 +48,7 @@ class Pass:
     loss: Tensor
     log_z: Tensor
     log_reward: Tensor
+    log_factors: Tensor
     log_q: Tensor
     log_pf: Tensor
 
@@ -104,8 +106,8 @@ def add_gradients(
     if reads_log_z and _share_groups(parts):
         log_z, known = _log_z(tree, parts, policy, reward, reward_temperature)
 
-    def add(part: TreePart, raw_log_reward: Tensor | None) -> tuple[Tensor, ...]:
-        log_probs, raw_log_reward = _scored(part.tree, raw_log_reward, policy, reward)
+    def add(part: TreePart, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+        log_probs, raw_log_reward, factors = _scored(part.tree, known, policy, reward)
         tempered = raw_log_reward / reward_temperature
         log_q = trajectory_log_q(log_probs, part.tree)
         loss = loss_of(
@@ -121,6 +123,7 @@ def add_gradients(
             loss.detach().double(),
             log_ratio(log_probs, part.tree, tempered),
             raw_log_reward[part.tree.leaf],
+            factors[part.tree.leaf],
             log_q,
             log_probs.log_pf.detach(),
         )
@@ -128,19 +131,22 @@ def add_gradients(
     return _gathered(tree, parts, [add(part, value) for part, value in zip(parts, known, strict=True)])
 
 
-def _scored(tree: TokenTree, known: Tensor | None, policy: Policy, reward: Reward) -> tuple[LogProbs, Tensor]:
-    """`score_and_reward`, or `score` where log R is known."""
-    if known is None:
-        return score_and_reward(tree, policy=policy, reward=reward)
-    return score(tree, policy=policy), known
+def _scored(
+    tree: TokenTree, known: tuple[Tensor, Tensor] | None, policy: Policy, reward: Reward
+) -> tuple[LogProbs, Tensor, Tensor]:
+    """`score_and_reward` and the factors of the reward, or `score` where both are known."""
+    if known is not None:
+        return score(tree, policy=policy), *known
+    log_probs, value = score_and_reward(tree, policy=policy, reward=reward)
+    return log_probs, value, log_factors(tree, value, reward=reward)
 
 
 def _gathered(tree: TokenTree, parts: Sequence[TreePart], results: Sequence[tuple[Tensor, ...]]) -> Pass:
     """The whole tree's, from the loss, (N',) values and (T',) log q of every part."""
     losses, *by_trajectory, log_pfs = zip(*results, strict=True)
-    ratios, log_rewards, log_qs = (_by_trajectory(parts, values) for values in by_trajectory)
+    ratios, *rest = (_by_trajectory(parts, values) for values in by_trajectory)
     log_pf = _by_node(parts, log_pfs, tree.num_nodes)
-    return Pass(torch.stack(losses).sum(), group_mean(ratios, tree), log_rewards, log_qs, log_pf)
+    return Pass(torch.stack(losses).sum(), group_mean(ratios, tree), *rest, log_pf)
 
 
 def _objective(
@@ -182,13 +188,13 @@ def _share_groups(parts: Sequence[TreePart]) -> bool:
 @torch.no_grad()
 def _log_z(
     tree: TokenTree, parts: Sequence[TreePart], policy: Policy, reward: Reward, reward_temperature: float
-) -> tuple[Tensor, list[Tensor]]:
-    """(G,) log Z(X) as the whole tree's loss would estimate it, and the un-tempered log R of every part."""
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """(G,) log Z(X) as the whole tree's loss would estimate it, and log R and its factors of every part."""
     ratios, raw = [], []
     for part in parts:
         log_probs, values = score_and_reward(part.tree, policy=policy, reward=reward)
         ratios.append(log_ratio(log_probs, part.tree, values / reward_temperature))
-        raw.append(values)
+        raw.append((values, log_factors(part.tree, values, reward=reward)))
     return group_mean(_by_trajectory(parts, ratios), tree), raw
 
 

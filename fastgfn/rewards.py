@@ -5,7 +5,8 @@ other entries are ignored. A reward that is only known at the end of a trajector
 then all but the nodes where a trajectory stops are ignored.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -102,9 +103,9 @@ def _rewarded(reward: Reward, tree: TokenTree) -> Tensor:
 
 
 @phase("reward")
-def log_reward(tree: TokenTree, *, reward: Reward) -> Tensor:
+def log_reward(tree: TokenTree, *, reward: Reward, name: str = "log R") -> Tensor:
     """(T,) un-tempered log R at terminable nodes, 0 elsewhere: float32 (float64 if the reward is), detached.
-    Of a terminal-only reward 0 also where no trajectory stops.
+    Of a terminal-only reward 0 also where no trajectory stops. name: of the value, in an error.
 
     Raises:
         InputError: the reward returned a wrong shape or (NonFiniteError) a non-finite value; the sequence is
@@ -134,6 +135,89 @@ def log_reward(tree: TokenTree, *, reward: Reward) -> Tensor:
         node = bad.nonzero()[0]
         have = f"{float(value[node])} for Z = {node_sequences(tree, node)[0]}"
         fix = "clamp the reward from below (e.g. -99) and check its inputs"
-        text = checks.message("log_reward", "log R", "finite", have, fix)
+        text = checks.message("log_reward", name, "finite", have, fix)
         raise checks.NonFiniteError(text, tree=tree, log_reward=value)
     return value
+
+
+class ProductReward:
+    """R(Z) = prod_k f_k(Z)^(1/T_k): log R = sum_k log f_k / T_k, each factor with a temperature of its own.
+
+    `Trainer` stores the un-tempered factors of what it replays and calls `at(step)`, so a schedule applies to
+    replayed sequences as to drawn ones. Its reward_temperature divides the sum once more.
+
+    Args:
+        factors: a reward by name; the order is that of the columns.
+        temperatures: by name a number > 0, or (start, end, horizon): the value at step 0 and from step
+            `horizon` on, linear between; a factor that is not named has 1.
+
+    A call takes the last value of every schedule, what training aims at; `at(step)` that of a step.
+    terminal_only is set if it is of any factor.
+
+    Raises:
+        InputError: no factor, a temperature of an unknown one, or one out of range.
+    """
+
+    def __init__(
+        self,
+        factors: Mapping[str, Reward],
+        *,
+        temperatures: Mapping[str, float | tuple[float, float, int]] | None = None,
+    ) -> None:
+        given = dict(temperatures or {})
+        checks.check(bool(factors), "ProductReward", "factors", "at least one reward", 0, "name a reward")
+        unknown = sorted(given.keys() - factors.keys())
+        fix = f"use some of {list(factors)}"
+        checks.check(not unknown, "ProductReward", "temperatures", "of known factors", unknown, fix)
+        self.names = tuple(factors)
+        self.rewards = tuple(factors.values())
+        self.terminal_only = any(getattr(r, "terminal_only", False) for r in self.rewards)
+        self.schedules = tuple(_schedule(name, given.get(name, 1.0)) for name in self.names)
+        self.temperatures = tuple(end for _, end, _ in self.schedules)
+        self._last: tuple[TokenTree, Tensor] | None = None
+
+    def at(self, step: int) -> "ProductReward":
+        """The product under the temperatures of optimiser step `step` (0-based)."""
+        values = {
+            name: start + (end - start) * min(1.0, step / horizon)
+            for name, (start, end, horizon) in zip(self.names, self.schedules, strict=True)
+        }
+        return ProductReward(dict(zip(self.names, self.rewards, strict=True)), temperatures=values)
+
+    def __call__(self, tree: TokenTree) -> Tensor:
+        return self.tempered(self.factors(tree))
+
+    def factors(self, tree: TokenTree) -> Tensor:
+        """(T, K) float64 un-tempered log f_k at terminable nodes; the last tree's are kept.
+
+        Raises:
+            InputError: as `log_reward`, with the factor's name.
+        """
+        if self._last is None or self._last[0] is not tree:
+            columns = [
+                log_reward(tree, reward=reward, name=f"log R ({name!r})").double()
+                for name, reward in zip(self.names, self.rewards, strict=True)
+            ]
+            self._last = tree, torch.stack(columns, dim=1)
+        return self._last[1]
+
+    def tempered(self, factors: Tensor) -> Tensor:
+        """(..., K) factors -> (...,) log R under `temperatures`."""
+        return (factors / factors.new_tensor(self.temperatures)).sum(-1)
+
+
+def _schedule(name: str, value: float | tuple[float, float, int]) -> tuple[float, float, int]:
+    try:
+        start, end, horizon = (value, value, 1) if isinstance(value, int | float) else value
+        ok = all(math.isfinite(t) and t > 0 for t in (start, end)) and horizon >= 1
+    except (TypeError, ValueError):
+        ok = False
+    want, fix = "a number > 0 or (start > 0, end > 0, horizon >= 1)", "change it"
+    checks.check(ok, "ProductReward", f"the temperature of {name!r}", want, repr(value), fix)
+    return float(start), float(end), horizon
+
+
+def log_factors(tree: TokenTree, value: Tensor, *, reward: Reward) -> Tensor:
+    """(T, K) un-tempered factors of a reward whose `log_reward` of the tree is `value`: of a product its own,
+    of any other reward that one column."""
+    return reward.factors(tree) if isinstance(reward, ProductReward) else value[:, None]

@@ -27,7 +27,7 @@ from fastgfn.ops.tree import path_nodes
 from fastgfn.packing import pack
 from fastgfn.passes import Pass, add_gradients
 from fastgfn.phases import phase
-from fastgfn.rewards import Reward
+from fastgfn.rewards import ProductReward, Reward
 from fastgfn.rollout import check_prompts
 from fastgfn.types import Constraints, Grammar, Rollouts, TokenTree, as_int64
 
@@ -128,6 +128,7 @@ class Trainer:
             demonstrations=demonstrations,
             seed_prompts=seed_prompts,
             seed_constraints=seed_constraints,
+            factors=reward.names if isinstance(reward, ProductReward) else ("log_reward",),
         )
         self.buffer = self.explorer.buffer
         self.steps_done = 0
@@ -149,6 +150,7 @@ class Trainer:
         """
         config, step = self.config, self.steps_done
         learning_rate, reward_temperature = config.learning_rate_at(step), config.reward_temperature_at(step)
+        reward = self.reward.at(step) if isinstance(self.reward, ProductReward) else self.reward
         metrics: dict[str, float] = {"loss": 0.0, "log_z": 0.0, "drift": 0.0}
         self.optimizer.zero_grad()
         batches = []
@@ -159,7 +161,7 @@ class Trainer:
                 drawn = self.explorer.draw(
                     step,
                     micro,
-                    reward=self.reward,
+                    reward=reward,
                     reward_temperature=reward_temperature,
                     first_trajectory=self.trajectories,
                     merge=self.merges,
@@ -169,7 +171,7 @@ class Trainer:
                 result = add_gradients(
                     tree,
                     policy=self.policy,
-                    reward=self.reward,
+                    reward=reward,
                     reward_temperature=reward_temperature,
                     objective=config.objective,
                     subtb_lambda=config.subtb_lambda,
@@ -181,7 +183,7 @@ class Trainer:
                 )
             failures.check_loss(result, drawn.rollouts, self.policy)
             batches.append((result, drawn.rollouts))
-            self.explorer.remember(drawn, result.log_reward)
+            self.explorer.remember(drawn, result.log_factors, step)
             self.trajectories += drawn.num_trajectories
             self.tokens += drawn.num_tokens
             metrics["loss"] += float(result.loss) / config.accumulation
@@ -326,6 +328,7 @@ class Trainer:
             "demonstrations and seed prompts": self.explorer.given_hash,
             "grammar": None if self.grammar is None else type(self.grammar).__name__,
             "prompts and logit_bias": hashlib.sha256(text.encode()).hexdigest(),
+            "reward factors": list(self.buffer.factors),
             "trainable tensors": [[name, list(p.shape)] for name, p in self.policy.parameters()],
         }
 
@@ -334,6 +337,7 @@ class Trainer:
         first = TrainConfig().to_dict() | {
             "extra_termination_token_ids": [],
             "demonstrations and seed prompts": None,
+            "reward factors": ["log_reward"],
         }
         run = json.loads(json.dumps(first)) | state["run"]
         for key, value in json.loads(json.dumps(self._describe())).items():

@@ -209,8 +209,8 @@ def test_parts_and_checkpointing_train_the_same_weights(tiny_policy, min_length,
         assert got == pytest.approx(row, rel=1e-10)
     for name, value in weights.items():
         torch.testing.assert_close(value, want_weights[name], rtol=1e-8, atol=1e-10)
-    assert [[t for _, t in v] for v in buffer["entries"].values()] == [
-        [t for _, t in v] for v in want_buffer["entries"].values()
+    assert [[row[1] for row in v] for v in buffer["entries"].values()] == [
+        [row[1] for row in v] for v in want_buffer["entries"].values()
     ]
 
 
@@ -249,8 +249,6 @@ def test_a_failed_step_can_be_tried_again(tiny_policy, where, monkeypatch):
     assert got == want
     assert all(torch.equal(v, _weights(undisturbed.policy)[n]) for n, v in _weights(disturbed.policy).items())
     assert disturbed.buffer.state() == undisturbed.buffer.state()
-    # what the buffer knows, too: a sequence that the failed step had stored is new
-    assert disturbed.buffer._known == undisturbed.buffer._known
 
 
 def test_every_prompt_is_visited_once_per_epoch(tiny_policy):

@@ -60,7 +60,7 @@ class Drawn:
 class Explorer:
     """The behaviour policy of a run, see `fastgfn.config.Behavior`.
 
-    Args: as `Trainer`, which has checked prompts and constraints.
+    Args: as `Trainer`, which has checked prompts and constraints. factors: names of the reward's.
 
     Raises:
         InputError: demonstrations or seed prompts that do not fit the run or its settings.
@@ -77,6 +77,7 @@ class Explorer:
         demonstrations: Sequence[tuple[int, Sequence[int]]] = (),
         seed_prompts: Sequence[Sequence[int] | None] | None = None,
         seed_constraints: Constraints | None = None,
+        factors: Sequence[str] = ("log_reward",),
     ) -> None:
         self.policy = policy
         self.constraints = constraints
@@ -101,6 +102,12 @@ class Explorer:
             duplicates=config.replay_duplicates if config.uses_buffer else "exact",
             tolerance=config.replay_tolerance,
             priority=config.replay_priority,
+            half_life=config.replay_half_life,
+            recency_share=config.replay_recency_share,
+            selection=config.replay_selection,
+            keep=config.replay_keep,
+            max_age=config.replay_max_age,
+            factors=factors,
         )
 
     def draw(
@@ -136,11 +143,12 @@ class Explorer:
         self._check_some(rollouts)
         return Drawn(rollouts, origin, fresh, sampler.num_trajectories, sampler.num_tokens)
 
-    def remember(self, drawn: Drawn, log_reward: Tensor) -> None:
-        """Store what is new in the batch with its un-tempered log R, (N,) of all of its trajectories."""
+    def remember(self, drawn: Drawn, log_factors: Tensor, step: int) -> None:
+        """Store what is new in the batch of optimiser step `step` with the (N, K) un-tempered factors of R of
+        all of its trajectories."""
         if self.config.uses_buffer:
             new = drawn.origin <= Origin.LOCAL_SEARCH
-            self.buffer.add(chosen(drawn.rollouts, new), log_reward.cpu()[new])
+            self.buffer.add(chosen(drawn.rollouts, new), log_factors.cpu()[new], version=step)
 
     def fill(self, *, reward: Reward, first_trajectory: int = 0, merge: bool = True) -> tuple[int, int]:
         """Store the demonstrations and what the seed prompts yield, with the reward that each has under its

@@ -52,7 +52,19 @@ class Behavior(Settings):
     replay_tolerance: float = 0.25
     """Edit distance below this share of both lengths makes a near-duplicate."""
     replay_priority: str = "reward"
-    """Buffer draws are proportional to "reward", or "uniform"."""
+    """Buffer draws are proportional to "reward" at its current temperature, "uniform", by "recency", or a
+    "mix" of reward and recency."""
+    replay_half_life: float = 10.0
+    """Newer entries of the prompt that halve the weight of one by recency; 0: the newest ones."""
+    replay_recency_share: float = 0.5
+    """Share of the draws of "mix" that go by recency."""
+    replay_selection: str = "top"
+    """What of the draws is taken: "top" all, "length_balanced" equally many of every length, or a
+    "submodular" choice of good, unlike ones among four times as many."""
+    replay_keep: str = "top"
+    """What stays in a full buffer: "top" the best, or the "submodular" choice."""
+    replay_max_age: int | None = None
+    """Optimiser steps after which an entry is removed unless it is drawn again; None: never."""
     local_search_samples: tuple[float, float] = (0, 0)
     """Sequences of each prompt that local search starts from: of each, a suffix is destroyed, the cut uniform
     over its places, and grown again by the policy. What is accepted joins the batch and the buffer. Value at
@@ -101,12 +113,15 @@ class Behavior(Settings):
         for field in ("num_samples", "replay_samples", "seed_prompt_samples", "seed"):
             self._need(getattr(self, field) >= 0, field, ">= 0")
         self._need(self.seed < 2**63, "seed", "below 2^63")
+        self._need(self.replay_half_life >= 0, "replay_half_life", ">= 0")
+        aged = self.replay_max_age is None or self.replay_max_age >= 1
+        self._need(aged, "replay_max_age", ">= 1 or None")
         for field in ("tempered_share", "epsilon"):
             self._pair(field, lambda v: 0.0 <= v <= 1.0, "two numbers in [0, 1]")
         self._pair("replay_share", lambda v: 0.0 <= v < 1.0, "two numbers in [0, 1)")
         for field in ("local_search_samples", "demonstration_samples"):
             self._pair(field, lambda v: math.isfinite(v) and v >= 0, "two numbers >= 0")
-        for field in ("epsilon_share", "replay_tolerance"):
+        for field in ("epsilon_share", "replay_tolerance", "replay_recency_share"):
             self._need(0.0 <= getattr(self, field) <= 1.0, field, "in [0, 1]")
         self._pair("temperature_range", lambda v: math.isfinite(v) and v > 0, "two numbers > 0")
         self._need(self.temperature_range[0] <= self.temperature_range[1], "temperature_range", "ascending")
@@ -119,7 +134,9 @@ class Behavior(Settings):
     def _check_choices(self) -> None:
         for field, known in (
             ("replay_duplicates", ("near", "exact")),
-            ("replay_priority", ("reward", "uniform")),
+            ("replay_priority", ("reward", "uniform", "recency", "mix")),
+            ("replay_selection", ("top", "submodular", "length_balanced")),
+            ("replay_keep", ("top", "submodular")),
             ("local_search_from", ("best", "random", "buffer")),
             ("local_search_accept", ("always", "better", "metropolis")),
         ):

@@ -1,0 +1,104 @@
+"""The entries of one prompt in order of their value, with near-duplicates to be found."""
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastgfn.replay.entries import Entry, Key
+from fastgfn.replay.neighbors import Neighbors
+
+Value = tuple[float, tuple[int, ...], tuple[int, ...]]
+
+
+def value_of(entry: Entry, weights: Sequence[float]) -> Value:
+    """What entries are compared by: log R under the weights, ties by tokens, so that eviction is
+    reproducible."""
+    rank = entry.factors[0] * weights[0]
+    for factor, weight in zip(entry.factors[1:], weights[1:], strict=True):
+        rank += factor * weight
+    return rank, entry.tokens, entry.observed
+
+
+class Shelf:
+    """Entries by key, and a heap of their values whose top is the worst.
+
+    Removing an entry leaves its value in the heap, where it is passed over when it comes up; so eviction
+    costs O(log n) amortised.
+
+    oldest: no entry is of an earlier version.
+    rows: embeddings, of a buffer that has them.
+    """
+
+    def __init__(self, weights: tuple[float, ...], neighbors: Neighbors | None) -> None:
+        self.weights = weights
+        self.neighbors = neighbors
+        self.entries: dict[Key, Entry] = {}
+        self.rows: dict[Key, np.ndarray] = {}
+        self.oldest = 0
+        self._heap: list[Value] = []
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def copy(self) -> "Shelf":
+        other = Shelf(self.weights, self.neighbors and self.neighbors.copy())
+        other.entries, other.rows = dict(self.entries), dict(self.rows)
+        other.oldest, other._heap = self.oldest, list(self._heap)
+        return other
+
+    def value(self, entry: Entry) -> Value:
+        return value_of(entry, self.weights)
+
+    def put(self, entry: Entry, row: np.ndarray | None) -> None:
+        """Add an entry whose key is new; row: its embedding."""
+        self.oldest = min(self.oldest, entry.version) if self.entries else entry.version
+        self.entries[entry.key] = entry
+        heapq.heappush(self._heap, self.value(entry))
+        if self.neighbors is not None:
+            self.neighbors.add(entry.key, row)
+        if row is not None:
+            self.rows[entry.key] = row
+        if len(self._heap) > 2 * len(self.entries) + 8:
+            self._rebuild()
+
+    def refresh(self, entry: Entry) -> None:
+        """Replace the entry of this key by one of equal factors."""
+        self.entries[entry.key] = entry
+
+    def drop(self, key: Key) -> None:
+        del self.entries[key]
+        if self.neighbors is not None:
+            self.neighbors.remove(key)
+        self.rows.pop(key, None)
+
+    def worst(self) -> Entry:
+        """Of at least one entry."""
+        while True:
+            value = self._heap[0]
+            entry = self.entries.get(value[1:])
+            if entry is not None and self.value(entry)[0] == value[0]:
+                return entry
+            heapq.heappop(self._heap)
+
+    def reweigh(self, weights: tuple[float, ...]) -> None:
+        """Order by other weights, O(n)."""
+        if weights != self.weights:
+            self.weights = weights
+            self._rebuild()
+
+    def near(self, entry: Entry, row: np.ndarray | None) -> list[Entry]:
+        if self.neighbors is None:
+            return []
+        return [self.entries[key] for key in self.neighbors.near(entry.key, row)]
+
+    def expire(self, oldest: int) -> None:
+        """Drop what is of a version before `oldest`."""
+        if self.oldest < oldest:
+            for key in [e.key for e in self.entries.values() if e.version < oldest]:
+                self.drop(key)
+            self.oldest = min((e.version for e in self.entries.values()), default=oldest)
+
+    def _rebuild(self) -> None:
+        self._heap = [self.value(entry) for entry in self.entries.values()]
+        heapq.heapify(self._heap)
