@@ -177,16 +177,16 @@ class ReplayBuffer:
             if entry.version >= stored.version:
                 shelf.refresh(replace(entry, factors=stored.factors))
             return False
-        value, bounded = shelf.value(entry), self.keep == "top"
-        if bounded and len(shelf) >= self.capacity and value < shelf.value(shelf.worst()):
+        value, bounded = value_of(entry, shelf.weights), self.keep == "top"
+        if bounded and len(shelf) >= self.capacity and value < shelf.worst():
             return False
-        near = shelf.near(entry, row)
-        if any(shelf.value(e) > value for e in near):
+        near = shelf.near(entry.key, row)
+        if near and max(near) > value:
             return False
-        for e in near:
-            shelf.drop(e.key)
+        for _, *key in near:
+            shelf.drop(tuple(key))
         if bounded and len(shelf) >= self.capacity:
-            shelf.drop(shelf.worst().key)
+            shelf.drop(shelf.worst()[1:])
         shelf.put(entry, row)
         return True
 
@@ -194,7 +194,7 @@ class ReplayBuffer:
         """Keep the greedy choice of `capacity` entries."""
         if len(shelf) <= self.capacity:
             return
-        best_first = sorted(shelf.entries.values(), key=shelf.value, reverse=True)
+        best_first = shelf.best_first()
         chosen = set(self._select(best_first, self.capacity, shelf))
         for i, entry in enumerate(best_first):
             if i not in chosen:
@@ -329,7 +329,7 @@ class ReplayBuffer:
                 for entry, row in zip(entries, self._embedded(entries), strict=True):
                     shelf.put(entry, row)
                 while len(shelf) > self.capacity:
-                    shelf.drop(shelf.worst().key)
+                    shelf.drop(shelf.worst()[1:])
                 shelves[tuple(map(int, prompt.split(","))) if prompt else ()] = shelf
         except BaseException:
             self.restore(before)

@@ -36,6 +36,7 @@ class Shelf:
         self.entries: dict[Key, Entry] = {}
         self.rows: dict[Key, np.ndarray] = {}
         self.oldest = 0
+        self._values: dict[Key, Value] = {}
         self._heap: list[Value] = []
 
     def __len__(self) -> int:
@@ -44,21 +45,19 @@ class Shelf:
     def copy(self) -> "Shelf":
         other = Shelf(self.weights, self.neighbors and self.neighbors.copy())
         other.entries, other.rows = dict(self.entries), dict(self.rows)
-        other.oldest, other._heap = self.oldest, list(self._heap)
+        other.oldest, other._values, other._heap = self.oldest, dict(self._values), list(self._heap)
         return other
-
-    def value(self, entry: Entry) -> Value:
-        return value_of(entry, self.weights)
 
     def put(self, entry: Entry, row: np.ndarray | None) -> None:
         """Add an entry whose key is new; row: its embedding."""
         self.oldest = min(self.oldest, entry.version) if self.entries else entry.version
-        self.entries[entry.key] = entry
-        heapq.heappush(self._heap, self.value(entry))
+        key, value = entry.key, value_of(entry, self.weights)
+        self.entries[key], self._values[key] = entry, value
+        heapq.heappush(self._heap, value)
         if self.neighbors is not None:
-            self.neighbors.add(entry.key, row)
+            self.neighbors.add(key, row)
         if row is not None:
-            self.rows[entry.key] = row
+            self.rows[key] = row
         if len(self._heap) > 2 * len(self.entries) + 8:
             self._rebuild()
 
@@ -67,19 +66,16 @@ class Shelf:
         self.entries[entry.key] = entry
 
     def drop(self, key: Key) -> None:
-        del self.entries[key]
+        del self.entries[key], self._values[key]
         if self.neighbors is not None:
             self.neighbors.remove(key)
         self.rows.pop(key, None)
 
-    def worst(self) -> Entry:
-        """Of at least one entry."""
-        while True:
-            value = self._heap[0]
-            entry = self.entries.get(value[1:])
-            if entry is not None and self.value(entry)[0] == value[0]:
-                return entry
+    def worst(self) -> Value:
+        """The lowest value of at least one entry; from its second place on it is the entry's key."""
+        while self._values.get(self._heap[0][1:]) is not self._heap[0]:
             heapq.heappop(self._heap)
+        return self._heap[0]
 
     def reweigh(self, weights: tuple[float, ...]) -> None:
         """Order by other weights, O(n)."""
@@ -87,10 +83,13 @@ class Shelf:
             self.weights = weights
             self._rebuild()
 
-    def near(self, entry: Entry, row: np.ndarray | None) -> list[Entry]:
-        if self.neighbors is None:
-            return []
-        return [self.entries[key] for key in self.neighbors.near(entry.key, row)]
+    def near(self, key: Key, row: np.ndarray | None) -> list[Value]:
+        """The values of the near-duplicates."""
+        near = () if self.neighbors is None else self.neighbors.near(key, row)
+        return [self._values[k] for k in near]
+
+    def best_first(self) -> list[Entry]:
+        return [self.entries[value[1:]] for value in sorted(self._values.values(), reverse=True)]
 
     def expire(self, oldest: int) -> None:
         """Drop what is of a version before `oldest`."""
@@ -100,5 +99,6 @@ class Shelf:
             self.oldest = min((e.version for e in self.entries.values()), default=oldest)
 
     def _rebuild(self) -> None:
-        self._heap = [self.value(entry) for entry in self.entries.values()]
+        self._values = {key: value_of(entry, self.weights) for key, entry in self.entries.items()}
+        self._heap = list(self._values.values())
         heapq.heapify(self._heap)
