@@ -46,7 +46,8 @@ def _draws(buffer, size, num=N, **options):
 def test_draws_without_replacement_follow_the_priority(options, p):
     buffer = ReplayBuffer(4, duplicates="exact", **options)
     add(buffer, [[i] for i in range(4)], LOG_R)
-    assert p_value([_draws(buffer, 2).count(pair) for pair in PAIRS], _pair_probabilities(p)) > 1e-3
+    draws = _draws(buffer, 2)
+    assert p_value([draws.count(pair) for pair in PAIRS], _pair_probabilities(p)) > 1e-3
 
 
 def test_the_shares_of_a_mix():

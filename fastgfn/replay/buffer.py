@@ -362,7 +362,8 @@ def _as_rollouts(stored: list[Entry], group: list[int], like: Rollouts) -> Rollo
     is_action = torch.arange(padded.shape[1]) < lengths[:, None]
     for n, e in enumerate(stored):
         padded[n, : len(e.tokens)] = torch.tensor(e.tokens, dtype=torch.int64)
-        is_action[n, list(e.observed)] = False
+        if e.observed:
+            is_action[n, list(e.observed)] = False
     return Rollouts(
         like.prompts,
         torch.tensor(group),

@@ -1,0 +1,84 @@
+"""A Trainer that replays: its rewards in factors, and every setting over a stop."""
+
+import pytest
+import torch
+
+from fastgfn.checks import InputError
+from fastgfn.config import TrainConfig
+from fastgfn.replay import ReplayBuffer
+from fastgfn.rewards import ProductReward, SequenceReward
+from fastgfn.train import Trainer
+from fastgfn.types import Constraints
+
+SMALL = dict(num_samples=8, replay_samples=4, replay_capacity=16, warmup_steps=2)
+
+
+def _trainer(policy, reward=None, prompts=((1, 2), (3,)), **config):
+    return Trainer(
+        policy,
+        prompts=prompts,
+        reward=reward or SequenceReward(lambda zs: [0.5 * sum(z) - 1.5 * len(z) for z in zs]),
+        constraints=Constraints(0, max_length=3),
+        config=TrainConfig(**(SMALL | config)),
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [None, 9])
+def test_a_product_is_stored_in_factors_and_tempered_again(tiny_policy, max_tokens, tmp_path, monkeypatch):
+    """As the reward at the step's temperatures; what is stored does not depend on them, nor on the parts."""
+    factors = {"sum": lambda z: 0.5 * sum(z), "length": lambda z: -1.5 * len(z)}
+    rewards = {k: SequenceReward(lambda zs, f=f: [f(z) for z in zs]) for k, f in factors.items()}
+    product = ProductReward(rewards, temperatures={"sum": (4.0, 1.0, 2)})
+    asked = []
+    sample = ReplayBuffer.sample
+
+    def watched(buffer, *args, **options):
+        asked.append((options["version"], *options["temperatures"]))
+        return sample(buffer, *args, **options)
+
+    monkeypatch.setattr(ReplayBuffer, "sample", watched)
+    common = dict(
+        prompts=[[1, 2]], reward_temperature=(3.0, 1.0), reward_horizon=2, replay_duplicates="exact"
+    )
+    trainer = _trainer(tiny_policy(dtype=torch.float32), product, max_tokens=max_tokens, **common)
+    plain = _trainer(
+        tiny_policy(dtype=torch.float32), ProductReward(rewards, temperatures={"sum": 4.0}), **common
+    )
+    first = [t.step() for t in (trainer, plain)]
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-4)
+    for _ in range(3):
+        trainer.step()
+    assert asked[0] == (0, 12.0, 3.0)
+    assert [a for a in asked if a[0]][:3] == [(1, 5.0, 2.0), (2, 1.0, 1.0), (3, 1.0, 1.0)]
+    stored = trainer.buffer.entries([1, 2])
+    assert {e.version for e in stored} > {0} and len(stored) == 16
+    for e in stored:
+        assert e.factors == (factors["sum"](e.tokens), factors["length"](e.tokens))
+        assert e.log_behavior < 0
+    # the reward of one factor cannot take this run over
+    trainer.save(tmp_path)
+    one = _trainer(tiny_policy(dtype=torch.float32), max_tokens=max_tokens, **common)
+    with pytest.raises(InputError, match=r"reward factors must be \['sum', 'length'\], got \['log_reward'\]"):
+        one.resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(replay_priority="mix", replay_selection="submodular"),
+        dict(replay_priority="recency", replay_half_life=0.0, replay_max_age=2),
+        dict(replay_priority="uniform", replay_selection="length_balanced", replay_keep="submodular"),
+    ],
+)
+def test_every_kind_of_replay_resumes_as_if_it_had_not_stopped(tiny_policy, tmp_path, options):
+    straight, stopped, resumed = (
+        _trainer(tiny_policy(dtype=torch.float32), steps=4, replay_capacity=6, **options) for _ in range(3)
+    )
+    want = [straight.step() for _ in range(4)]
+    got = [stopped.step() for _ in range(2)]
+    stopped.save(tmp_path)
+    assert resumed.resume(tmp_path) == 2
+    assert got + [resumed.step() for _ in range(2)] == want
+    assert resumed.buffer.state() == straight.buffer.state()
+    ages = [4 - e.version for p in ([1, 2], [3]) for e in resumed.buffer.entries(p)]
+    assert ages and max(ages) <= (options.get("replay_max_age") or 9) + 1
