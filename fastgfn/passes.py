@@ -97,7 +97,8 @@ def add_gradients(
     Raises:
         InputError: as `split_tree`, `log_reward` and the objective, which must fit the reward; no trajectory.
     """
-    checks.check(len(tree.leaf) > 0, "add_gradients", "tree", "of at least one trajectory", 0, "pack some")
+    num = tree.leaf.shape[0]
+    checks.check(num > 0, "add_gradients", "tree", "of at least one trajectory", num, "pack some rollouts")
     loss_of, coefficients, reads_log_z = _objective(objective, tree, reward, subtb_lambda, normalization)
     parts = split_tree(tree, max_tokens=max_tokens)
     weights_of = partial(_weights, log_behavior=log_behavior, clip=importance_clip)
@@ -105,8 +106,8 @@ def add_gradients(
     if reads_log_z and _share_groups(parts):
         log_z, known = _log_z(tree, parts, policy, reward, reward_temperature)
 
-    def add(part: TreePart, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
-        log_probs, raw_log_reward, factors = _scored(part.tree, known, policy, reward)
+    def add(part: TreePart, raw_log_reward: Tensor | None) -> tuple[Tensor, ...]:
+        log_probs, raw_log_reward = _scored(part.tree, raw_log_reward, policy, reward)
         tempered = raw_log_reward / reward_temperature
         log_q = trajectory_log_q(log_probs, part.tree)
         loss = loss_of(
@@ -122,7 +123,7 @@ def add_gradients(
             loss.detach().double(),
             log_ratio(log_probs, part.tree, tempered),
             raw_log_reward[part.tree.leaf],
-            factors[part.tree.leaf],
+            log_factors(part.tree, raw_log_reward, reward=reward)[part.tree.leaf],
             log_q,
             log_probs.log_pf.detach(),
         )
@@ -130,14 +131,11 @@ def add_gradients(
     return _gathered(tree, parts, [add(part, value) for part, value in zip(parts, known, strict=True)])
 
 
-def _scored(
-    tree: TokenTree, known: tuple[Tensor, Tensor] | None, policy: Policy, reward: Reward
-) -> tuple[LogProbs, Tensor, Tensor]:
-    """`score_and_reward` and the factors of the reward, or `score` where both are known."""
-    if known is not None:
-        return score(tree, policy=policy), *known
-    log_probs, value = score_and_reward(tree, policy=policy, reward=reward)
-    return log_probs, value, log_factors(tree, value, reward=reward)
+def _scored(tree: TokenTree, known: Tensor | None, policy: Policy, reward: Reward) -> tuple[LogProbs, Tensor]:
+    """`score_and_reward`, or `score` where log R is known."""
+    if known is None:
+        return score_and_reward(tree, policy=policy, reward=reward)
+    return score(tree, policy=policy), known
 
 
 def _gathered(tree: TokenTree, parts: Sequence[TreePart], results: Sequence[tuple[Tensor, ...]]) -> Pass:
@@ -187,13 +185,13 @@ def _share_groups(parts: Sequence[TreePart]) -> bool:
 @torch.no_grad()
 def _log_z(
     tree: TokenTree, parts: Sequence[TreePart], policy: Policy, reward: Reward, reward_temperature: float
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """(G,) log Z(X) as the whole tree's loss would estimate it, and log R and its factors of every part."""
+) -> tuple[Tensor, list[Tensor]]:
+    """(G,) log Z(X) as the whole tree's loss would estimate it, and the un-tempered log R of every part."""
     ratios, raw = [], []
     for part in parts:
         log_probs, values = score_and_reward(part.tree, policy=policy, reward=reward)
         ratios.append(log_ratio(log_probs, part.tree, values / reward_temperature))
-        raw.append((values, log_factors(part.tree, values, reward=reward)))
+        raw.append(values)
     return group_mean(_by_trajectory(parts, ratios), tree), raw
 
 

@@ -6,6 +6,7 @@ then all but the nodes where a trajectory stops are ignored.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -19,6 +20,8 @@ from fastgfn.phases import phase
 from fastgfn.types import LogProbs, TokenTree
 
 Reward = Callable[[TokenTree], Tensor]
+# Trees whose factors a product of rewards keeps: the parts of one step.
+RECENT = 64
 
 
 class LMReward:
@@ -174,7 +177,7 @@ class ProductReward:
         self.terminal_only = any(getattr(r, "terminal_only", False) for r in self.rewards)
         self.schedules = tuple(_schedule(name, given.get(name, 1.0)) for name in self.names)
         self.temperatures = tuple(end for _, end, _ in self.schedules)
-        self._last: tuple[TokenTree, Tensor] | None = None
+        self._known: deque[tuple[TokenTree, Tensor]] = deque(maxlen=RECENT)
 
     def at(self, step: int) -> "ProductReward":
         """The product under the temperatures of optimiser step `step` (0-based)."""
@@ -188,18 +191,21 @@ class ProductReward:
         return self.tempered(self.factors(tree))
 
     def factors(self, tree: TokenTree) -> Tensor:
-        """(T, K) float64 un-tempered log f_k at terminable nodes; the last tree's are kept.
+        """(T, K) float64 un-tempered log f_k at terminable nodes; those of the last trees are kept, so that
+        asking for log R and for its factors computes them once.
 
         Raises:
             InputError: as `log_reward`, with the factor's name.
         """
-        if self._last is None or self._last[0] is not tree:
-            columns = [
-                log_reward(tree, reward=reward, name=f"log R ({name!r})").double()
-                for name, reward in zip(self.names, self.rewards, strict=True)
-            ]
-            self._last = tree, torch.stack(columns, dim=1)
-        return self._last[1]
+        for known, factors in self._known:
+            if known is tree:
+                return factors
+        columns = [
+            log_reward(tree, reward=reward, name=f"log R ({name!r})").double()
+            for name, reward in zip(self.names, self.rewards, strict=True)
+        ]
+        self._known.append((tree, torch.stack(columns, dim=1)))
+        return self._known[-1][1]
 
     def tempered(self, factors: Tensor) -> Tensor:
         """(..., K) factors -> (...,) log R under `temperatures`."""

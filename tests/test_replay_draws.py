@@ -71,9 +71,9 @@ def test_draws_by_reward_follow_the_temperatures():
     buffer = ReplayBuffer(4, duplicates="exact", factors=("a", "b"))
     factors = [[-1.0, -2.0], [-2.0, 0.0], [0.0, -3.0], [-3.0, -1.0]]
     add(buffer, [[i] for i in range(4)], factors)
-    for temperatures in ((1.0, 1.0), (2.0, 0.8), (0.7, 3.0)):
-        log_r = (torch.tensor(factors) / torch.tensor(temperatures)).double().sum(1)
-        draws = _draws(buffer, 1, temperatures=temperatures)
+    for temperatures, over in (((1.0, 1.0), 1.0), ((2.0, 0.8), 1.0), ((0.7, 3.0), 2.0)):
+        log_r = (torch.tensor(factors) / torch.tensor(temperatures) / over).double().sum(1)
+        draws = _draws(buffer, 1, temperatures=temperatures, temperature=over)
         assert p_value([draws.count((i,)) for i in range(4)], log_r.softmax(0).tolist()) > 1e-3
 
 

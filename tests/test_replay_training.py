@@ -33,7 +33,7 @@ def test_a_product_is_stored_in_factors_and_tempered_again(tiny_policy, max_toke
     sample = ReplayBuffer.sample
 
     def watched(buffer, *args, **options):
-        asked.append((options["version"], *options["temperatures"]))
+        asked.append((options["version"], options["temperature"], options["temperatures"]))
         return sample(buffer, *args, **options)
 
     monkeypatch.setattr(ReplayBuffer, "sample", watched)
@@ -48,8 +48,9 @@ def test_a_product_is_stored_in_factors_and_tempered_again(tiny_policy, max_toke
     assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-4)
     for _ in range(3):
         trainer.step()
-    assert asked[0] == (0, 12.0, 3.0)
-    assert [a for a in asked if a[0]][:3] == [(1, 5.0, 2.0), (2, 1.0, 1.0), (3, 1.0, 1.0)]
+    assert asked[0] == (0, 3.0, (4.0, 1.0))
+    late = [(2, 1.0, (1.0, 1.0)), (3, 1.0, (1.0, 1.0))]
+    assert [a for a in asked if a[0]] == [(1, 2.0, (2.5, 1.0)), *late]
     stored = trainer.buffer.entries([1, 2])
     assert {e.version for e in stored} > {0} and len(stored) == 16
     for e in stored:

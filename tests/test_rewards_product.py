@@ -7,7 +7,7 @@ from replay_cases import rollouts_of
 from fastgfn.checks import InputError
 from fastgfn.functional.tree import node_sequences
 from fastgfn.packing import pack
-from fastgfn.rewards import ProductReward, SequenceReward, log_factors, log_reward
+from fastgfn.rewards import RECENT, ProductReward, SequenceReward, log_factors, log_reward
 
 
 def _tree():
@@ -52,12 +52,16 @@ def test_a_product_is_the_sum_of_its_tempered_factors():
 
 
 def test_a_product_computes_its_factors_once_per_tree():
+    """Of the recent trees alone: what it keeps does not grow."""
     calls = []
     reward = ProductReward({"counted": SequenceReward(lambda zs: calls.append(1) or [0.0] * len(zs))})
-    first, second = _tree(), _tree()
-    for tree in (first, first, second, second, first):
+    trees = [_tree() for _ in range(RECENT + 1)]
+    for tree in (*trees[:3], *trees[:3]):
         log_factors(tree, log_reward(tree, reward=reward), reward=reward)
     assert len(calls) == 3
+    for tree in (*trees, trees[0]):
+        reward.factors(tree)
+    assert len(calls) == RECENT + 2 and len(reward._known) == RECENT
 
 
 def test_a_product_of_a_terminal_reward_is_terminal():

@@ -206,6 +206,7 @@ class ReplayBuffer:
         num_samples: int,
         rng: np.random.Generator,
         *,
+        temperature: float = 1.0,
         temperatures: Sequence[float] | None = None,
         version: int | None = None,
     ) -> Rollouts | None:
@@ -216,32 +217,38 @@ class ReplayBuffer:
         sequence (NaN: unknown), not of the choice here.
 
         Args:
-            temperatures: see `retemper`; None: as they are.
+            temperature: draws by reward are in proportion to R^(1 / temperature).
+            temperatures: of the factors of R from now on, see `retemper`; None: as they are.
             version: of the policy now, for max_age; None: the latest one of `add`.
         """
         if temperatures is not None:
             self.retemper(temperatures)
         if version is not None:
             self.version = max(self.version, version)
+        ok, fix = math.isfinite(temperature) and temperature > 0, "use 1.0"
+        checks.check(ok, "ReplayBuffer.sample", "temperature", "finite and > 0", temperature, fix)
         stored, group = [], []
         for g, prompt in enumerate(rollouts.prompts):
             key = tuple(prompt.tolist())
             if self.max_age is not None and key in self._shelves:
                 self._writable(key)
             entries = self.entries(key)
-            chosen = self._choose(entries, min(num_samples, len(entries)), rng, self._shelves.get(key))
+            size, log_reward = min(num_samples, len(entries)), self._tempered(entries) / temperature
+            chosen = self._choose(entries, log_reward, size, rng, self._shelves.get(key))
             stored += [entries[i] for i in chosen]
             group += [g] * len(chosen)
         return _as_rollouts(stored, group, rollouts) if stored else None
 
-    def _choose(self, entries: list[Entry], size: int, rng: np.random.Generator, shelf: Shelf) -> list[int]:
+    def _choose(
+        self, entries: list[Entry], log_reward: np.ndarray, size: int, rng: np.random.Generator, shelf: Shelf
+    ) -> list[int]:
         """Which of the entries of the shelf, worst first, to draw; ascending."""
         if not size:
             return []
         newest_first = np.argsort([-e.order for e in entries], kind="stable")
         order = draw_order(
             self.priority,
-            self._tempered(entries),
+            log_reward,
             np.argsort(newest_first),
             rng,
             half_life=self.half_life,
