@@ -12,7 +12,7 @@ from fastgfn.ops.backends import backend_info
 from fastgfn.packing import pack
 from fastgfn.passes import score_and_reward
 from fastgfn.replay import ReplayBuffer
-from fastgfn.rewards import LMReward, SequenceReward, log_reward
+from fastgfn.rewards import LMReward, ProductReward, SequenceReward, log_reward
 from fastgfn.rollout import sample
 from fastgfn.scoring import score
 from fastgfn.train import Trainer
@@ -26,6 +26,7 @@ __all__ = [
     "LMReward",
     "LogProbs",
     "Policy",
+    "ProductReward",
     "ReplayBuffer",
     "Rollouts",
     "SequenceReward",

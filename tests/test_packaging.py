@@ -35,6 +35,7 @@ def test_public_names_are_frozen():
         "LMReward",
         "LogProbs",
         "Policy",
+        "ProductReward",
         "ReplayBuffer",
         "Rollouts",
         "SequenceReward",

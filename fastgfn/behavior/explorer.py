@@ -23,7 +23,7 @@ from fastgfn.behavior.sampler import Sampler
 from fastgfn.config import TrainConfig
 from fastgfn.models import Policy
 from fastgfn.replay import ReplayBuffer
-from fastgfn.rewards import Reward
+from fastgfn.rewards import ProductReward, Reward
 from fastgfn.rollout import SamplingOptions
 from fastgfn.types import Constraints, Grammar, Rollouts
 
@@ -129,6 +129,9 @@ class Explorer:
             InputError: as `sample`; a prompt without any trajectory, as nothing is drawn or in the buffer.
         """
         sampler = Sampler(self.policy, self.config, self.grammar, first_trajectory, merge)
+        is_product = isinstance(reward, ProductReward)
+        own = reward.temperatures if is_product else (1.0,)
+        self.buffer.retemper([t * reward_temperature for t in own])
         places = self._places(step, micro)
         fresh = self._fresh([self._prompts[i] for i in places], sampler, step, micro)
         judge = Judge(self.policy, reward, self.grammar, self.config.max_tokens)
@@ -178,7 +181,7 @@ class Explorer:
         for prompt, sequences in zip(self._prompts, found, strict=True):
             if sequences:
                 given = self._of_sequences([prompt], [0] * len(sequences), sequences)
-                self.buffer.add(given, judge(given)[0])
+                self.buffer.add(given, judge.factors(given))
         return sampler.num_trajectories, sampler.num_tokens
 
     def prompts(self, step: int, micro: int) -> list[list[int]]:
@@ -298,7 +301,7 @@ class Explorer:
 
     def _replayed(self, fresh: Rollouts, step: int, micro: int) -> list[Rollouts]:
         num = self.config.replay_samples_at(step)
-        found = self.buffer.sample(fresh, num, self._rng(_REPLAY, step, micro)) if num else None
+        found = self.buffer.sample(fresh, num, self._rng(_REPLAY, step, micro), version=step) if num else None
         return [] if found is None else [found]
 
     def _shown(self, places: list[int], step: int, micro: int) -> list[Rollouts]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastgfn.models import Policy
 from fastgfn.packing import pack, split_tree
 from fastgfn.passes import score_and_reward, trajectory_log_q
-from fastgfn.rewards import Reward, log_reward
+from fastgfn.rewards import Reward, log_factors, log_reward
 from fastgfn.types import Constraints, Grammar, Rollouts, as_int64
 
 PER_ROW = ("group", "tokens", "lengths", "log_behavior", "log_pf", "log_pterm", "terminated", "is_action")
@@ -78,3 +78,15 @@ class Judge:
                 value = log_reward(part.tree, reward=self.reward)
             log_r[rows] = value[part.tree.leaf].double().cpu()
         return log_r, log_q
+
+    @torch.no_grad()
+    def factors(self, rollouts: Rollouts) -> Tensor:
+        """(N, K) float64 un-tempered factors of R, see `log_factors`; on the CPU."""
+        tree = pack(rollouts, grammar=self.grammar, device=self.policy.device)
+        parts = split_tree(tree, max_tokens=self.max_tokens)
+        values = []
+        for part in parts:
+            value = log_reward(part.tree, reward=self.reward)
+            values.append(log_factors(part.tree, value, reward=self.reward)[part.tree.leaf])
+        rows = torch.cat([part.trajectories for part in parts]).argsort()
+        return torch.cat(values)[rows].double().cpu()

@@ -117,9 +117,8 @@ class ReplayBuffer:
 
     def entries(self, prompt: Sequence[int]) -> list[Entry]:
         """Stored entries of a prompt, worst first at the current temperatures."""
-        shelf = self._shelves.get(tuple(prompt))
-        weights = self._weights()
-        return [] if shelf is None else sorted(shelf.entries.values(), key=lambda e: value_of(e, weights))
+        shelf = self._shelf(tuple(prompt))
+        return [] if shelf is None else list(shelf.ordered()[0])
 
     def retemper(self, temperatures: Sequence[float]) -> None:
         """Set the temperature of every factor: log R = sum_k factor_k / T_k orders the entries and weighs the
@@ -194,9 +193,9 @@ class ReplayBuffer:
         """Keep the greedy choice of `capacity` entries."""
         if len(shelf) <= self.capacity:
             return
-        best_first = shelf.best_first()
-        chosen = set(self._select(best_first, self.capacity, shelf))
-        for i, entry in enumerate(best_first):
+        entries, _ = shelf.ordered()
+        chosen = set(self._select(shelf, range(len(entries)), self.capacity))
+        for i, entry in enumerate(entries):
             if i not in chosen:
                 shelf.drop(entry.key)
 
@@ -230,26 +229,22 @@ class ReplayBuffer:
         stored, group = [], []
         for g, prompt in enumerate(rollouts.prompts):
             key = tuple(prompt.tolist())
-            if self.max_age is not None and key in self._shelves:
-                self._writable(key)
-            entries = self.entries(key)
-            size, log_reward = min(num_samples, len(entries)), self._tempered(entries) / temperature
-            chosen = self._choose(entries, log_reward, size, rng, self._shelves.get(key))
-            stored += [entries[i] for i in chosen]
-            group += [g] * len(chosen)
+            expires = self.max_age is not None and key in self._shelves
+            shelf = self._writable(key) if expires else self._shelf(key)
+            if shelf is not None and len(shelf):
+                chosen = self._choose(shelf, min(num_samples, len(shelf)), rng, temperature)
+                stored += [shelf.ordered()[0][i] for i in chosen]
+                group += [g] * len(chosen)
         return _as_rollouts(stored, group, rollouts) if stored else None
 
-    def _choose(
-        self, entries: list[Entry], log_reward: np.ndarray, size: int, rng: np.random.Generator, shelf: Shelf
-    ) -> list[int]:
-        """Which of the entries of the shelf, worst first, to draw; ascending."""
-        if not size:
-            return []
-        newest_first = np.argsort([-e.order for e in entries], kind="stable")
+    def _choose(self, shelf: Shelf, size: int, rng: np.random.Generator, temperature: float) -> list[int]:
+        """Which of the shelf's entries, worst first, to draw; ascending."""
+        entries, ranks = shelf.ordered()
+        age = np.argsort(np.argsort([-e.order for e in entries], kind="stable"))
         order = draw_order(
             self.priority,
-            log_reward,
-            np.argsort(newest_first),
+            ranks / (self.temperatures[0] * temperature),
+            age,
             rng,
             half_life=self.half_life,
             recency_share=self.recency_share,
@@ -257,23 +252,20 @@ class ReplayBuffer:
         if self.selection == "length_balanced":
             return sorted(length_balanced(order, self._bins(entries), size))
         if self.selection == "submodular":
-            pool = sorted(order[: size * self.submodular.pool], reverse=True)
-            return sorted(pool[i] for i in self._select([entries[i] for i in pool], size, shelf))
+            return sorted(self._select(shelf, order[: size * self.submodular.pool], size))
         return sorted(order[:size])
 
-    def _select(self, entries: list[Entry], size: int, shelf: Shelf) -> list[int]:
-        """The submodular choice among entries of the shelf, best first."""
+    def _select(self, shelf: Shelf, pool: Sequence[int], size: int) -> list[int]:
+        """The submodular choice among the entries of the shelf whose places, worst first, are in `pool`."""
+        entries, ranks = shelf.ordered()
+        pool = sorted(pool, reverse=True)
+        some = [entries[i] for i in pool]
         if self.embed is None:
-            similarity = KGrams([e.tokens for e in entries], self.submodular.kgram)
+            similarity = KGrams([e.tokens for e in some], self.submodular.kgram)
         else:
-            similarity = Cosine(np.stack([shelf.rows[e.key] for e in entries]))
-        values = self._tempered(entries)
-        return submodular(values, self._bins(entries), similarity, size, self.submodular)
-
-    def _tempered(self, entries: list[Entry]) -> np.ndarray:
-        """(n,) log R at the current temperatures."""
-        weights = self._weights()
-        return np.array([value_of(e, weights)[0] for e in entries]) / self.temperatures[0]
+            similarity = Cosine(np.stack([shelf.rows[e.key] for e in some]))
+        chosen = submodular(ranks[pool], self._bins(some), similarity, size, self.submodular)
+        return [pool[i] for i in chosen]
 
     def _weights(self) -> tuple[float, ...]:
         """Of the factors, up to a common temperature, which changes no order: 1 for the first."""
@@ -292,14 +284,19 @@ class ReplayBuffer:
         kind = kinds.get(self.duplicates)
         return Shelf(self._weights(), None if kind is None else kind(self.tolerance))
 
+    def _shelf(self, prompt: tuple[int, ...]) -> Shelf | None:
+        """The prompt's shelf, to be read, ordered by the current temperatures."""
+        shelf = self._shelves.get(prompt)
+        if shelf is not None:
+            shelf.reweigh(self._weights())
+        return shelf
+
     def _writable(self, prompt: tuple[int, ...]) -> Shelf:
-        """The prompt's shelf: in no snapshot, ordered by the current temperatures, nothing expired."""
+        """The prompt's shelf, in no snapshot, ordered by the current temperatures, nothing expired."""
+        shelf = self._shelf(prompt)
         if prompt not in self._own:
             self._own.add(prompt)
-            shelf = self._shelves.get(prompt)
-            self._shelves[prompt] = self._new_shelf() if shelf is None else shelf.copy()
-        shelf = self._shelves[prompt]
-        shelf.reweigh(self._weights())
+            shelf = self._shelves[prompt] = self._new_shelf() if shelf is None else shelf.copy()
         if self.max_age is not None:
             shelf.expire(self.version - self.max_age)
         return shelf

@@ -38,6 +38,7 @@ class Shelf:
         self.oldest = 0
         self._values: dict[Key, Value] = {}
         self._heap: list[Value] = []
+        self._ordered: tuple[list[Entry], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -52,7 +53,7 @@ class Shelf:
         """Add an entry whose key is new; row: its embedding."""
         self.oldest = min(self.oldest, entry.version) if self.entries else entry.version
         key, value = entry.key, value_of(entry, self.weights)
-        self.entries[key], self._values[key] = entry, value
+        self.entries[key], self._values[key], self._ordered = entry, value, None
         heapq.heappush(self._heap, value)
         if self.neighbors is not None:
             self.neighbors.add(key, row)
@@ -63,10 +64,11 @@ class Shelf:
 
     def refresh(self, entry: Entry) -> None:
         """Replace the entry of this key by one of equal factors."""
-        self.entries[entry.key] = entry
+        self.entries[entry.key], self._ordered = entry, None
 
     def drop(self, key: Key) -> None:
         del self.entries[key], self._values[key]
+        self._ordered = None
         if self.neighbors is not None:
             self.neighbors.remove(key)
         self.rows.pop(key, None)
@@ -80,7 +82,8 @@ class Shelf:
     def reweigh(self, weights: tuple[float, ...]) -> None:
         """Order by other weights, O(n)."""
         if weights != self.weights:
-            self.weights = weights
+            self.weights, self._ordered = weights, None
+            self._values = {key: value_of(entry, weights) for key, entry in self.entries.items()}
             self._rebuild()
 
     def near(self, key: Key, row: np.ndarray | None) -> list[Value]:
@@ -88,8 +91,13 @@ class Shelf:
         near = () if self.neighbors is None else self.neighbors.near(key, row)
         return [self._values[k] for k in near]
 
-    def best_first(self) -> list[Entry]:
-        return [self.entries[value[1:]] for value in sorted(self._values.values(), reverse=True)]
+    def ordered(self) -> tuple[list[Entry], np.ndarray]:
+        """The entries, worst first, and (n,) log R under the weights."""
+        if self._ordered is None:
+            values = sorted(self._values.values())
+            ranks = np.array([value[0] for value in values])
+            self._ordered = [self.entries[value[1:]] for value in values], ranks
+        return self._ordered
 
     def expire(self, oldest: int) -> None:
         """Drop what is of a version before `oldest`."""
@@ -99,6 +107,5 @@ class Shelf:
             self.oldest = min((e.version for e in self.entries.values()), default=oldest)
 
     def _rebuild(self) -> None:
-        self._values = {key: value_of(entry, self.weights) for key, entry in self.entries.items()}
         self._heap = list(self._values.values())
         heapq.heapify(self._heap)
