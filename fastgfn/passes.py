@@ -97,8 +97,7 @@ def add_gradients(
     Raises:
         InputError: as `split_tree`, `log_reward` and the objective, which must fit the reward; no trajectory.
     """
-    num = tree.leaf.shape[0]
-    checks.check(num > 0, "add_gradients", "tree", "of at least one trajectory", num, "pack some rollouts")
+    checks.check(len(tree.leaf) > 0, "add_gradients", "tree", "of at least one trajectory", 0, "pack some")
     loss_of, coefficients, reads_log_z = _objective(objective, tree, reward, subtb_lambda, normalization)
     parts = split_tree(tree, max_tokens=max_tokens)
     weights_of = partial(_weights, log_behavior=log_behavior, clip=importance_clip)

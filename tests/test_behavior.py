@@ -144,7 +144,7 @@ def test_every_row_comes_from_where_it_says(tiny_policy):
     for n in rows:
         assert rollouts.sequences()[n] in given[tuple(rollouts.prompts[rollouts.group[n]].tolist())]
     before = len(trainer.buffer)
-    trainer.explorer.remember(drawn, torch.arange(rollouts.num_trajectories).double())
+    trainer.explorer.remember(drawn, torch.arange(rollouts.num_trajectories).double()[:, None], 0)
     kept = {(p, e.tokens) for p in ((1, 2), (3,)) for e in trainer.buffer.entries(p)}
     assert len(trainer.buffer) >= before
     for n in (drawn.origin <= Origin.LOCAL_SEARCH).nonzero()[-3:, 0].tolist():
@@ -187,7 +187,8 @@ def test_accepted_sequences_are_no_worse_and_are_stored(tiny_policy, source):
     assert len(accepted) <= 3 and drawn.num_trajectories == 9
     worst = sorted(map(_value, pool))[-3] if source == "best" and len(set(map(tuple, pool))) == 6 else -99
     assert all(_value(z) >= worst for z in accepted)
-    trainer.explorer.remember(drawn, torch.tensor([_value(z) for z in drawn.rollouts.sequences()]).double())
+    values = torch.tensor([_value(z) for z in drawn.rollouts.sequences()]).double()
+    trainer.explorer.remember(drawn, values[:, None], 0)
     assert {tuple(z) for z in accepted} <= {e.tokens for e in trainer.buffer.entries(PROMPT)}
 
 

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from fastgfn.types import Constraints, Grammar, Rollouts
 
 # Random choices that have a generator each.
 _TEMPERATURES, _REPLAY, _PROMPTS, _SEARCH, _DEMONSTRATIONS = range(5)
+FromBuffer = Callable[[Rollouts, int, np.random.Generator], Rollouts | None]
 
 
 class Origin(IntEnum):
@@ -129,18 +131,21 @@ class Explorer:
             InputError: as `sample`; a prompt without any trajectory, as nothing is drawn or in the buffer.
         """
         sampler = Sampler(self.policy, self.config, self.grammar, first_trajectory, merge)
-        is_product = isinstance(reward, ProductReward)
-        own = reward.temperatures if is_product else (1.0,)
-        self.buffer.retemper([t * reward_temperature for t in own])
+        from_buffer = partial(
+            self.buffer.sample,
+            temperature=reward_temperature,
+            temperatures=reward.temperatures if isinstance(reward, ProductReward) else None,
+            version=step,
+        )
         places = self._places(step, micro)
         fresh = self._fresh([self._prompts[i] for i in places], sampler, step, micro)
         judge = Judge(self.policy, reward, self.grammar, self.config.max_tokens)
         found = self._searched(
-            fresh, sampler, judge, reward_temperature, self._rng(_SEARCH, step, micro), step
+            fresh, sampler, judge, reward_temperature, from_buffer, self._rng(_SEARCH, step, micro), step
         )
         parts = [(Origin.DRAWN, fresh)]
         parts += [(Origin.LOCAL_SEARCH, part) for part in found]
-        parts += [(Origin.REPLAYED, part) for part in self._replayed(fresh, step, micro)]
+        parts += [(Origin.REPLAYED, part) for part in self._replayed(fresh, from_buffer, step, micro)]
         parts += [(Origin.DEMONSTRATION, part) for part in self._shown(places, step, micro)]
         rollouts, origin = _together(parts)
         self._check_some(rollouts)
@@ -250,6 +255,7 @@ class Explorer:
         sampler: Sampler,
         judge: Judge,
         reward_temperature: float,
+        from_buffer: FromBuffer,
         rng: np.random.Generator,
         step: int,
     ) -> list[Rollouts]:
@@ -259,7 +265,7 @@ class Explorer:
             return []
         accept = config.local_search_accept
         judge = replace(judge, needs_log_q=accept == "metropolis")
-        start = self._starts(fresh, num, judge, rng)
+        start = self._starts(fresh, num, judge, from_buffer, rng)
         if start is None:
             return []
 
@@ -280,12 +286,12 @@ class Explorer:
         )
 
     def _starts(
-        self, fresh: Rollouts, num: int, judge: Judge, rng: np.random.Generator
+        self, fresh: Rollouts, num: int, judge: Judge, from_buffer: FromBuffer, rng: np.random.Generator
     ) -> search.Points | None:
         """Where searches begin; None where nothing is stored yet."""
         source, pool = self.config.local_search_from, fresh
         if source == "buffer":
-            pool = self.buffer.sample(fresh, num, rng)
+            pool = from_buffer(fresh, num, rng)
         elif source == "random":
             pool = chosen(fresh, search.random_rows(fresh, num, rng))
         if pool is None:
@@ -299,9 +305,9 @@ class Explorer:
         rows = search.best_rows(pool, log_reward, num)
         return search.Points(chosen(pool, rows), log_reward[rows], log_q[rows])
 
-    def _replayed(self, fresh: Rollouts, step: int, micro: int) -> list[Rollouts]:
+    def _replayed(self, fresh: Rollouts, from_buffer: FromBuffer, step: int, micro: int) -> list[Rollouts]:
         num = self.config.replay_samples_at(step)
-        found = self.buffer.sample(fresh, num, self._rng(_REPLAY, step, micro), version=step) if num else None
+        found = from_buffer(fresh, num, self._rng(_REPLAY, step, micro)) if num else None
         return [] if found is None else [found]
 
     def _shown(self, places: list[int], step: int, micro: int) -> list[Rollouts]:
