@@ -131,6 +131,7 @@ def loss_cases(draw):
     num_rows, width = source.size(0, 5), source.size(0, 5)
     normalization = source.pick(*NORMALIZATIONS)
     counts = source.integers(0, 4, num_rows) if source.flag() else None
+    loss = source.pick(*LOSSES)
     inputs = {
         "log_pf": source.normal(num_rows, width),
         "log_flow": source.normal(num_rows, width + 1),
@@ -139,7 +140,8 @@ def loss_cases(draw):
         "subtb_lambda": draw(LAMBDAS),
         "normalization": normalization,
         "reduction": source.pick(*REDUCTIONS),
-        "loss": source.pick(*LOSSES),
+        "loss": loss,
+        "residual_limit": source.pick(None, 0.5, 3.0) if loss == "clamped" else None,
         "weights": source.normal(num_rows).abs() if source.flag() else None,
         "counts": counts,
         "group_ids": source.integers(-1, 2, num_rows) if normalization == "group" else None,

@@ -251,6 +251,23 @@ def test_dtypes(dtype):
     assert leaf.grad.dtype == dtype
 
 
+def test_compiles():
+    """Trajectory balance and both losses over prefixes in one graph."""
+    inputs, _ = batch(torch.float32)
+    options = dict(terminable=terminable(), group_ids=GROUPS, normalization="group")
+
+    def losses(log_pf):
+        args = log_pf, *inputs[1:]
+        whole = F.vargrad_loss(log_pf, inputs[1][:, 0], inputs[3], group_ids=GROUPS)
+        parts = F.interpolated_subtb_loss(*args, segment=2, **options)
+        return whole + parts + F.rooted_prefix_tb_loss(*args, **options)
+
+    leaf = inputs[0].clone().requires_grad_()
+    value, compiled = losses(leaf), torch.compile(losses, fullgraph=True, backend="aot_eager")(leaf)
+    assert torch.equal(compiled, value)
+    assert torch.equal(torch.autograd.grad(compiled, leaf)[0], torch.autograd.grad(value, leaf)[0])
+
+
 # Refusals.
 
 

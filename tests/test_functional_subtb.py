@@ -98,6 +98,24 @@ def test_losses_and_gradients(loss, normalization):
     torch.autograd.gradcheck(lambda *x: F.modified_subtb_loss(*x, lengths, **options), clean)
 
 
+def test_residual_limit():
+    inputs = batch()
+    clean = [x.nan_to_num(0.0).requires_grad_() for x in inputs[:3]]
+    values = []
+    for limit in (0.4, 2.0):
+        want = 0.0
+        for pf, stop, reward, n in zip(*inputs, strict=True):
+            u = [float(pf[:k].sum() + stop[k] - reward[k]) for k in range(n + 1)]
+            want += sum(min(abs(u[j] - u[i]), limit) ** 2 for i in range(n) for j in range(i + 1, n + 1))
+        options = dict(loss="clamped", residual_limit=limit, reduction="sum")
+        values.append(F.modified_subtb_loss(*clean, inputs[3], **options))
+        close(values[-1], want)
+        torch.autograd.gradcheck(
+            lambda *x, given=options: F.modified_subtb_loss(*x, inputs[3], **given), clean
+        )
+    assert values[0] < 0.5 * values[-1]
+
+
 def test_log_pb_and_log_flow():
     log_pf, log_pterm, log_reward, lengths = batch()
     log_pb = torch.randn_like(log_pf).masked_fill(log_pf.isnan(), torch.nan)

@@ -258,7 +258,7 @@ def test_dtypes(dtype):
     assert F.trajectory_balance_loss(*inputs, log_z=f64(0.0)).dtype == torch.float64
 
 
-def test_repeats_bits_and_compiles():
+def test_repeats_bits():
     inputs, _, log_prior = batch(torch.float32)
 
     def loss_only(log_pf):
@@ -269,9 +269,6 @@ def test_repeats_bits_and_compiles():
     first, second = loss_only(leaf), loss_only(leaf)
     grads = [torch.autograd.grad(x, leaf)[0] for x in (first, second)]
     assert torch.equal(first, second) and torch.equal(*grads)
-    compiled = torch.compile(loss_only, fullgraph=True, backend="aot_eager")(leaf)
-    assert torch.equal(compiled, first)
-    assert torch.equal(torch.autograd.grad(compiled, leaf)[0], grads[0])
 
 
 # Refusals.

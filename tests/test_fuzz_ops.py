@@ -142,14 +142,14 @@ def test_subtb_padded(case, tile):
 
 
 def subtb_loss_truth(
-    log_pf, log_flow, lengths, log_pb, subtb_lambda, normalization, reduction, loss, weights, counts,
-    group_ids,
+    log_pf, log_flow, lengths, log_pb, subtb_lambda, normalization, reduction, loss, residual_limit, weights,
+    counts, group_ids,
 ):  # fmt: skip
     """The definitions of functional/subtb.py by groups of rows: one, every row its own, or the prompts."""
     half = 0.5 if loss == "half_squared" else 1.0
     net = log_pf if log_pb is None else log_pf - log_pb
     kind = "squared" if loss == "half_squared" else loss
-    num, den = subtb_truth.subtb_padded(net, log_flow, lengths, subtb_lambda, kind)
+    num, den = subtb_truth.subtb_padded(net, log_flow, lengths, subtb_lambda, kind, residual_limit or 100.0)
     num, ones = half * num if weights is None else half * num * weights, torch.ones_like(den)
     counts = ones if counts is None else counts.to(den)
     if normalization == "trajectory":

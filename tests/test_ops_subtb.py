@@ -268,7 +268,7 @@ def test_opcheck():
     )
     torch.library.opcheck(torch.ops.fastgfn.subtb_tree_pairs, (parent, valid, 0.9))
     torch.library.opcheck(
-        torch.ops.fastgfn.subtb_pairwise, (zeroed(log_pf), zeroed(log_flow), lengths, 0.9, "huber")
+        torch.ops.fastgfn.subtb_pairwise, (zeroed(log_pf), zeroed(log_flow), lengths, 0.9, "clamped", 0.7)
     )
 
 
