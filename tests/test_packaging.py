@@ -57,15 +57,27 @@ def test_public_names_are_frozen():
 
     assert sorted(functional.__all__) == [
         "build_tree",
+        "detailed_balance_loss",
+        "importance_weights",
+        "interpolated_log_reward",
+        "interpolated_subtb_loss",
         "linear_log_probs",
         "log_probs_from_logits",
+        "modified_detailed_balance_loss",
         "modified_subtb_loss",
         "policy_reward_log_probs",
+        "relative_trajectory_balance_loss",
+        "residual_loss",
+        "rooted_prefix_tb_loss",
+        "rooted_prefix_terms",
         "sample_next",
         "sample_next_from_hidden",
         "subtb_loss",
         "subtb_potential",
         "termination_log_prob",
+        "trajectory_balance_loss",
+        "trajectory_balance_residual",
+        "vargrad_loss",
     ]
 
 
