@@ -63,9 +63,10 @@ def interpolated_subtb_loss(
     reward. That is R's posterior only if log R is linear between the knots. Else it is not, and since a
     prefix is interpolated towards every trajectory it lies on, no q at all may have zero loss. Choose it
     where the reward of a prefix is a forward pass that cannot be shared, and accept the bias.
-    What differs: the published code evaluates from a minimum length on, in steps of 12 to 16, and leaves the
-    tail after the last evaluation without a value; here the tail is interpolated to the trajectory's reward.
-    Source: Sun et al. 2025 (LaCoT), segment 8.
+    What differs: the published code, which interpolates log R too, starts at a minimum length, takes steps of
+    12 to 16 and leaves the tail after the last evaluation without a value; here the tail is interpolated to
+    the trajectory's own reward.
+    Source: Sun et al. 2025 (LaCoT, arXiv:2510.23925), segment 8.
 
     Args, returns, raises, numerics: as `modified_subtb_loss`; segment >= 1 (1: the same loss).
     """
