@@ -22,6 +22,7 @@ setup(
         "fastgfn.models",
         "fastgfn.replay",
         "fastgfn.rollout",
+        "fastgfn.evaluate",
         "fastgfn.tasks",
         "fastgfn.integrations",
         "fastgfn.cli",
