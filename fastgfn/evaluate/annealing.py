@@ -48,7 +48,7 @@ def log_acceptance(
 
 
 class Annealing:
-    """Chains along pi_b ~ q^(1 - b) R^(b/T), b = b_0 = 0, ..., b_K = 1; a step of all is one call of `sample`.
+    """Chains along pi_b ~ q^(1 - b) R^(b/T) for b = b_0 = 0, ..., b_K = 1; a step is one call of `sample`.
 
     schedule: K for b_k = k / K, or b_0..b_K. name: of the function that errors name.
     """
