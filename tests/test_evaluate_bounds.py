@@ -23,12 +23,12 @@ def trained(tiny_policy):
     """A problem at the target temperature 0.5 after a short training."""
     if not TRAINED:
         problem = Problem(tiny_policy(vocab=4, dtype=torch.float32, scale=2.0, rank=8), 4, temperature=0.5)
-        settings = dict(steps=80, num_samples=48, learning_rate=2e-2, replay_samples=4, warmup_steps=2)
+        settings = dict(steps=70, num_samples=48, learning_rate=2e-2, replay_samples=4, warmup_steps=2)
         target = problem.target
         config = TrainConfig(reward_temperature=(0.5, 0.5), **settings)
         kinds = {k: target[k] for k in ("prompts", "reward", "constraints")}
         trainer = Trainer(problem.policy, config=config, **kinds)
-        for _ in range(80):
+        for _ in range(70):
             trainer.step()
         TRAINED["problem"] = problem
     return TRAINED["problem"]
@@ -82,7 +82,7 @@ def _without_cuts(x, y, cuts, proposed_cuts, b):
 def test_chains_move_as_the_matrix_says(tiny_policy):
     """From two sequences, over every sequence that the move reaches; the family-wise error is 1e-3."""
     problem = Problem(tiny_policy(vocab=4, dtype=torch.float32), 4, temperature=0.5)
-    log_q, num, b = problem.log_q(), 20000, 0.6
+    log_q, num, b = problem.log_q(), 8000, 0.6
     log_ratio = problem.log_r / 0.5 - log_q
     matrix = _transition_matrix(problem.space, log_q, log_ratio, 3, b)
     place = {tuple(z): i for i, z in enumerate(problem.space)}
@@ -110,7 +110,7 @@ def test_chains_move_as_the_matrix_says(tiny_policy):
 SETTINGS = [dict(temperature=t, min_length=m) for t in (1.0, 0.5) for m in (0, 1)]
 
 
-@pytest.mark.parametrize("schedule", [1, 4])
+@pytest.mark.parametrize("schedule", [1, 3])
 def test_bounds_hold_in_20_of_20_cases_of_untrained_samplers(tiny_policy, schedule):
     policy, errors = tiny_policy(vocab=4, dtype=torch.float32), []
     for seed in range(20):
@@ -128,31 +128,26 @@ def test_bounds_hold_in_20_of_20_cases_of_untrained_samplers(tiny_policy, schedu
 def test_bounds_and_estimate_hold_in_20_of_20_cases_of_a_trained_sampler(trained):
     errors = []
     for seed in range(20):
-        options = dict(num_samples=128, schedule=2, seed=seed, batches=8)
-        found = bounds(trained.policy, draws=_exact(trained, 128, seed), **options, **trained.target)
+        options = dict(num_samples=512, schedule=1 + seed % 2, seed=seed, batches=8)
+        found = bounds(trained.policy, draws=_exact(trained, 512, seed), **options, **trained.target)
         assert float(found.lower) <= trained.log_z <= float(found.upper)
         # eight batches that agree leave an eighth of log(1000) on either side
         assert float(found.upper - found.lower) <= 2.0
-        assert float(found.ess) >= 64
+        assert float(found.ess) >= 256
         errors += [abs(float(x) - trained.log_z) for x in (found.log_z, found.reverse_log_z)]
     assert max(errors) <= 0.02
 
 
 def test_annealing_does_better_than_importance_sampling_far_from_the_target(tiny_policy):
-    """With as many weights, in the mean over seeds; the price is a draw per step of the path."""
-    problem = Problem(
-        tiny_policy(vocab=5, dtype=torch.float32, scale=2.0), 5, max_length=4, temperature=0.5, prompts=[[3]]
-    )
-    found = {schedule: [] for schedule in (1, 48)}
-    for schedule, results in found.items():
-        for seed in range(6):
-            options = dict(num_samples=64, schedule=schedule, seed=seed)
-            result = log_z_ais(problem.policy, **options, **problem.target)
-            assert float(result.lower) <= problem.log_z
-            results.append((abs(float(result.log_z) - problem.log_z), float(result.ess)))
-    plain, annealed = (torch.tensor(found[k]).mean(0) for k in (1, 48))
-    assert float(plain[1]) < 0.1 * 64 and float(annealed[1]) > 3 * float(plain[1])
-    assert float(annealed[0]) < 0.5 * float(plain[0])
+    """With as many weights, in the mean over twenty runs; the price is a draw per step of the path."""
+    policy = tiny_policy(vocab=5, dtype=torch.float32, scale=2.0)
+    problem = Problem(policy, 5, max_length=4, temperature=0.5, prompts=[[3]] * 20)
+    plain, annealed = (log_z_ais(policy, num_samples=64, schedule=k, **problem.target) for k in (1, 64))
+    for found in (plain, annealed):
+        assert bool((found.lower <= problem.log_z).all())
+    errors = [float((found.log_z - problem.log_z).abs().mean()) for found in (plain, annealed)]
+    assert float(plain.ess.mean()) < 0.1 * 64 and float(annealed.ess.mean()) > 3 * float(plain.ess.mean())
+    assert errors[1] < 0.5 * errors[0], errors
 
 
 @pytest.mark.parametrize("behavior", ["policy", "tempered", "epsilon", "bfloat16"])
