@@ -82,7 +82,7 @@ def _without_cuts(x, y, cuts, proposed_cuts, b):
 def test_chains_move_as_the_matrix_says(tiny_policy):
     """From two sequences, over every sequence that the move reaches; the family-wise error is 1e-3."""
     problem = Problem(tiny_policy(vocab=4, dtype=torch.float32), 4, temperature=0.5)
-    log_q, num, b = problem.log_q(), 8000, 0.6
+    log_q, num, b = problem.log_q(), 4000, 0.6
     log_ratio = problem.log_r / 0.5 - log_q
     matrix = _transition_matrix(problem.space, log_q, log_ratio, 3, b)
     place = {tuple(z): i for i, z in enumerate(problem.space)}
@@ -110,13 +110,13 @@ def test_chains_move_as_the_matrix_says(tiny_policy):
 SETTINGS = [dict(temperature=t, min_length=m) for t in (1.0, 0.5) for m in (0, 1)]
 
 
-@pytest.mark.parametrize("schedule", [1, 3])
-def test_bounds_hold_in_20_of_20_cases_of_untrained_samplers(tiny_policy, schedule):
+def test_bounds_hold_in_20_of_20_cases_of_untrained_samplers(tiny_policy):
     policy, errors = tiny_policy(vocab=4, dtype=torch.float32), []
     for seed in range(20):
         problem = Problem(policy, 4, prompts=[[1, 2], [3]], **SETTINGS[seed % 4])
         draws = _exact(problem, 32, seed)
-        found = bounds(policy, draws=draws, num_samples=32, schedule=schedule, seed=seed, **problem.target)
+        options = dict(num_samples=32, schedule=(1, 3)[seed // 4 % 2], seed=seed)
+        found = bounds(policy, draws=draws, **options, **problem.target)
         assert bool((found.lower <= problem.log_z).all() & (found.upper >= problem.log_z).all())
         assert bool(((found.ess >= 1) & (found.ess <= 32)).all())
         gap = found.reverse_log_z - found.log_z + 2 * math.log(1000)
@@ -139,10 +139,10 @@ def test_bounds_and_estimate_hold_in_20_of_20_cases_of_a_trained_sampler(trained
 
 
 def test_annealing_does_better_than_importance_sampling_far_from_the_target(tiny_policy):
-    """With as many weights, in the mean over twenty runs; the price is a draw per step of the path."""
+    """With as many weights, in the mean over ten runs; the price is a draw per step of the path."""
     policy = tiny_policy(vocab=5, dtype=torch.float32, scale=2.0)
-    problem = Problem(policy, 5, max_length=4, temperature=0.5, prompts=[[3]] * 20)
-    plain, annealed = (log_z_ais(policy, num_samples=64, schedule=k, **problem.target) for k in (1, 64))
+    problem = Problem(policy, 5, max_length=4, temperature=0.5, prompts=[[3, 1]] * 10)
+    plain, annealed = (log_z_ais(policy, num_samples=64, schedule=k, **problem.target) for k in (1, 24))
     for found in (plain, annealed):
         assert bool((found.lower <= problem.log_z).all())
     errors = [float((found.log_z - problem.log_z).abs().mean()) for found in (plain, annealed)]
@@ -223,15 +223,15 @@ def test_exact_draws_follow_the_posterior(tiny_policy):
         [problem.space, problem.space[:1]],
         [problem.log_target, torch.zeros(1)],
         constraints=problem.constraints,
-        num_samples=20000,
+        num_samples=6000,
     )
     place = {tuple(z): i for i, z in enumerate(problem.space)}
-    index = torch.tensor([place[tuple(z)] for z in drawn.sequences()[:20000]])
-    torch.testing.assert_close(drawn.log_behavior[:20000].double(), problem.log_target[index])
+    index = torch.tensor([place[tuple(z)] for z in drawn.sequences()[:6000]])
+    torch.testing.assert_close(drawn.log_behavior[:6000].double(), problem.log_target[index])
     p = problem.log_target.exp()
-    share = torch.bincount(index, minlength=len(p)) / 20000
-    assert bool(((share - p).abs() <= 4.5 * (p * (1 - p) / 20000).sqrt()).all())
-    assert drawn.sequences()[20000:] == [[]] * 20000
+    share = torch.bincount(index, minlength=len(p)) / 6000
+    assert bool(((share - p).abs() <= 4.5 * (p * (1 - p) / 6000).sqrt()).all())
+    assert drawn.sequences()[6000:] == [[]] * 6000
 
 
 def _inf(zs):
