@@ -60,8 +60,8 @@ def score_and_reward(tree: TokenTree, *, policy: Policy, reward: Reward) -> tupl
     for all hidden rows, which reads the weight once.
     """
     shared = isinstance(reward, LMReward) and getattr(reward.reference, "policy", None) is policy
-    # a subclass may compute something else
-    if not shared or type(reward).__call__ is not LMReward.__call__:
+    # a subclass may compute something else, and suffixes make another tree
+    if not shared or reward.suffixes is not None or type(reward).__call__ is not LMReward.__call__:
         return score(tree, policy=policy), log_reward(tree, reward=reward)
     biases = (tree.constraints.logit_bias, reward.logit_bias)
     raw, base = policy.paired_log_probs(tree, *biases, **limits(tree))

@@ -13,19 +13,25 @@ import torch
 from torch import Tensor
 
 from fastgfn import checks
+from fastgfn.functional.parts import split_tree
+from fastgfn.functional.suffixes import hang_suffixes
 from fastgfn.functional.tree import node_sequences
 from fastgfn.models import Reference
 from fastgfn.ops.scan import tree_cumsum
 from fastgfn.phases import phase
-from fastgfn.types import LogProbs, TokenTree
+from fastgfn.types import LogProbs, Role, TokenTree
 
 Reward = Callable[[TokenTree], Tensor]
 # Trees whose factors a product of rewards keeps: the parts of one step.
 RECENT = 64
+# What may follow Z: token ids Y, or several candidates.
+Suffix = Sequence[int] | Sequence[Sequence[int]]
 
 
 class LMReward:
-    """log p(X Z stop) - log p(X) of the base model, for all prefixes in one forward of the tree.
+    """log p(X Z stop) - log p(X) of the base model, for all prefixes in one forward of the tree; with
+    `suffixes` log p(X Z Y) - log p(X), where Y follows Z and nothing stops (Hu et al. 2024, arXiv:2310.04363,
+    infilling): the tree then has a copy of Y below every prefix that may stop.
 
     It knows no grammar. What q learns under one is this p restricted to what q can draw, the grammar's
     sequences and those that max_length cuts, and renormalised: p conditioned on the grammar.
@@ -35,27 +41,89 @@ class LMReward:
         logit_bias: (V,) added to the base model's logits before its softmax, or None.
         short_penalty: log R of prefixes below min_length under "own" termination (the published -99); under
             "forced" such prefixes are not terminable and it is not used.
+        suffixes: Y for all prompts, or by prompt {tuple of token ids: Y}. Y is a list of token ids, or a list
+            of such lists, any of which may follow: log R is the log of the sum of their p(Z Y | X).
+        max_tokens: a tree that is larger with its suffixes is forwarded in parts.
+
+    Raises:
+        InputError: an empty Y or none, a token outside the vocabulary, a prompt without Y.
     """
 
     terminal_only = False
 
     def __init__(
-        self, reference: Reference, *, logit_bias: Tensor | None = None, short_penalty: float = -99.0
+        self,
+        reference: Reference,
+        *,
+        logit_bias: Tensor | None = None,
+        short_penalty: float = -99.0,
+        suffixes: Suffix | Mapping[tuple[int, ...], Suffix] | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         self.reference = reference
         self.logit_bias = logit_bias
         self.short_penalty = short_penalty
+        self.max_tokens = max_tokens
+        self.suffixes = suffixes
+        if suffixes is not None:
+            self.suffixes = _checked_suffixes(suffixes, reference.head.weight.shape[0])
 
     def __call__(self, tree: TokenTree) -> Tensor:
+        if self.suffixes is not None:
+            return self._with_suffixes(tree)
         return self.from_log_probs(self.reference.tree_log_probs(tree, self.logit_bias), tree)
 
     @torch.no_grad()
     def from_log_probs(self, raw: LogProbs, tree: TokenTree) -> Tensor:
         """(T,) float64 log R from the reference's node-aligned log p under `logit_bias`: a loss reads small
         differences of these large sums, which float32 would round to 1e-6 nats at log R = -15."""
-        value = tree_cumsum(raw.log_pf.double(), tree.parent) + raw.log_pterm
+        return self._penalised(tree_cumsum(raw.log_pf.double(), tree.parent) + raw.log_pterm, tree)
+
+    @torch.no_grad()
+    def _with_suffixes(self, tree: TokenTree) -> Tensor:
+        large, above = hang_suffixes(tree, [self._suffixes_of(prompt) for prompt in _prompts(tree)])
+        sums = torch.empty(len(above), dtype=torch.float64, device=above.device)
+        for part in split_tree(large, max_tokens=self.max_tokens):
+            raw = self.reference.tree_log_probs(part.tree, self.logit_bias)
+            paths = tree_cumsum(raw.log_pf.double(), part.tree.parent)
+            sums[part.trajectories] = paths[part.tree.leaf]
+        # candidates of one prefix are neighbours, and every prefix has one at least
+        top = sums.new_full((tree.num_nodes,), -torch.inf).scatter_reduce(0, above, sums, "amax")
+        total = torch.zeros_like(top).index_add(0, above, (sums - top[above]).exp())
+        value = torch.where(tree.terminable, top + total.log(), 0.0)
+        return self._penalised(value, tree)
+
+    def _suffixes_of(self, prompt: tuple[int, ...]) -> list[list[int]]:
+        found = self.suffixes.get(prompt, self.suffixes.get(None))
+        have = f"none for {list(prompt[-20:])}"
+        checks.check(found is not None, "LMReward", "suffixes", "given for every prompt", have, "add it")
+        return found
+
+    def _penalised(self, value: Tensor, tree: TokenTree) -> Tensor:
         short = tree.is_state & (tree.length < tree.constraints.min_length)
         return value.masked_fill(short, self.short_penalty)
+
+
+def _checked_suffixes(
+    suffixes: Suffix | Mapping[tuple[int, ...], Suffix], vocab_size: int
+) -> dict[tuple[int, ...] | None, list[list[int]]]:
+    """By prompt, None being every other one, the candidates."""
+    given = suffixes.items() if isinstance(suffixes, Mapping) else [(None, suffixes)]
+    table = {}
+    for prompt, suffix in given:
+        suffix = suffix.tolist() if isinstance(suffix, Tensor) else list(suffix)
+        several = [list(y) for y in suffix] if suffix and not isinstance(suffix[0], int) else [suffix]
+        ids = all(type(t) is int and 0 <= t < vocab_size for y in several for t in y)
+        want = f"non-empty lists of token ids in [0, {vocab_size})"
+        checks.check(ids and all(several), "LMReward", "suffixes", want, several, "encode the text of Y")
+        table[None if prompt is None else tuple(prompt)] = several
+    return table
+
+
+def _prompts(tree: TokenTree) -> list[tuple[int, ...]]:
+    is_prompt = (tree.role == Role.PROMPT).cpu()
+    tokens, group = tree.tokens.cpu()[is_prompt], tree.group.cpu()[is_prompt]
+    return [tuple(tokens[group == g].tolist()) for g in range(tree.num_groups)]
 
 
 class SequenceReward:

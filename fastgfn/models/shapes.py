@@ -74,3 +74,38 @@ def _gpt2(layers, width, heads, vocab):
 
     end = dict(bos_token_id=vocab - 1, eos_token_id=vocab - 1)
     return GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocab, n_positions=1024, **end)
+
+
+def peaked_policy(
+    vocab_size: int,
+    *,
+    base_seed: int,
+    peak: float = 2.0,
+    lora_rank: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Policy:
+    """A LoRA policy on a random Llama of 2 layers, 64 wide, whose distribution depends on its context.
+
+    At the library's own initialisation a random model is near uniform and sees little but the last token.
+    Here embeddings are standard normal, matrices (out, in) normal of standard deviation 1.5 / sqrt(in) and
+    the head's peak / 8, so that logits have a standard deviation of `peak`.
+
+    Args:
+        base_seed: of the base, whose weights depend on nothing else. seed: of the adapter.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _llama(2, 64, 128, 4, 4, 16, vocab_size, False)
+    causal = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.float32)
+    causal.requires_grad_(False)
+    generator = torch.Generator().manual_seed(base_seed)
+    for name, weight in sorted(causal.named_parameters()):
+        if weight.dim() < 2:
+            continue
+        scale = {"model.embed_tokens.weight": 1.0, "lm_head.weight": peak / 8}.get(name)
+        scale = 1.5 * weight.shape[1] ** -0.5 if scale is None else scale
+        weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+    torch.manual_seed(seed)
+    return Policy(add_adapter(causal.to(dtype), lora_rank, lora_rank).to(device))

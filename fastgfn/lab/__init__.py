@@ -1,0 +1,1 @@
+"""The exactness laboratory: enumerable problems with exact posteriors, and what training makes of them."""
