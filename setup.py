@@ -24,6 +24,7 @@ setup(
         "fastgfn.rollout",
         "fastgfn.evaluate",
         "fastgfn.tasks",
+        "fastgfn.lab",
         "fastgfn.integrations",
         "fastgfn.cli",
         "fastgfn.behavior",
@@ -31,7 +32,7 @@ setup(
     ]
     + ["fastgfn.kernels"],
     package_dir={"fastgfn.kernels": "kernels"},
-    package_data={"fastgfn": ["py.typed"]},
+    package_data={"fastgfn": ["py.typed"], "fastgfn.lab": ["*.json"]},
     ext_modules=[
         (CUDAExtension if cuda else CppExtension)(
             "fastgfn._C",

@@ -11,7 +11,7 @@ from fastgfn import checks
 from fastgfn.functional.parts import split_tree
 from fastgfn.functional.tree import build_tree, node_sequences
 from fastgfn.phases import phase
-from fastgfn.types import Grammar, Role, Rollouts, TokenTree, TreePart
+from fastgfn.types import Grammar, Role, Rollouts, TokenTree
 
 __all__ = ["pack", "split_tree"]
 
