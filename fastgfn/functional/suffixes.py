@@ -21,8 +21,8 @@ def hang_suffixes(tree: TokenTree, suffixes: Sequence[Sequence[Sequence[int]]]) 
         suffixes: for each of G prompts, one or more non-empty lists of token ids.
 
     Returns:
-        The larger tree, of T nodes and those of the chains; and (C,) int64, ascending, the node of `tree` that
-        each of its C trajectories hangs from.
+        The larger tree, of T nodes and those of the chains; and (C,) int64, ascending, the node of `tree`
+        that each of its C trajectories hangs from.
     """
     device = tree.tokens.device
     sizes = torch.tensor([sum(map(len, candidates)) for candidates in suffixes], device=device)

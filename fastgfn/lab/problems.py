@@ -107,8 +107,8 @@ class Problem:
     posteriors: list[Posterior]
 
     def evaluate(self) -> dict[str, float]:
-        """`evaluate_exactly` of the policy, over prompts the worst of each: the largest distance or error, the
-        smallest mode coverage, the drift farthest from 0, and of the rest the mean."""
+        """`evaluate_exactly` of the policy, over prompts the worst of each: the largest distance or error,
+        the smallest mode coverage, the drift farthest from 0, and of the rest the mean."""
         results = self.evaluate_prompts()
         return {name: _worst(name, [r[name] for r in results]) for name in results[0]}
 
