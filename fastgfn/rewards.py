@@ -87,13 +87,15 @@ class LMReward:
             raw = self.reference.tree_log_probs(part.tree, self.logit_bias)
             paths = tree_cumsum(raw.log_pf.double(), part.tree.parent)
             sums[part.trajectories] = paths[part.tree.leaf]
-        # candidates of one prefix are neighbours, and every prefix has one at least
+        # the log of the sum over the candidates of each prefix
         top = sums.new_full((tree.num_nodes,), -torch.inf).scatter_reduce(0, above, sums, "amax")
         total = torch.zeros_like(top).index_add(0, above, (sums - top[above]).exp())
         value = torch.where(tree.terminable, top + total.log(), 0.0)
         return self._penalised(value, tree)
 
     def _suffixes_of(self, prompt: tuple[int, ...]) -> list[list[int]]:
+        if not prompt:
+            return []  # of a group that the part of a tree does not hold
         found = self.suffixes.get(prompt, self.suffixes.get(None))
         have = f"none for {list(prompt[-20:])}"
         checks.check(found is not None, "LMReward", "suffixes", "given for every prompt", have, "add it")
@@ -112,7 +114,8 @@ def _checked_suffixes(
     table = {}
     for prompt, suffix in given:
         suffix = suffix.tolist() if isinstance(suffix, Tensor) else list(suffix)
-        several = [list(y) for y in suffix] if suffix and not isinstance(suffix[0], int) else [suffix]
+        nested = bool(suffix) and all(isinstance(y, (list, tuple)) for y in suffix)
+        several = [list(y) for y in suffix] if nested else [suffix]
         ids = all(type(t) is int and 0 <= t < vocab_size for y in several for t in y)
         want = f"non-empty lists of token ids in [0, {vocab_size})"
         checks.check(ids and all(several), "LMReward", "suffixes", want, several, "encode the text of Y")

@@ -8,7 +8,7 @@ import torch
 from fastgfn.checks import InputError
 from fastgfn.functional.suffixes import hang_suffixes
 from fastgfn.functional.tree import node_sequences
-from fastgfn.packing import pack
+from fastgfn.packing import pack, split_tree
 from fastgfn.passes import score_and_reward
 from fastgfn.rewards import LMReward, log_reward
 from fastgfn.scoring import score
@@ -45,15 +45,14 @@ SUFFIXES = {
 }
 
 
-@pytest.mark.parametrize("max_tokens", [None, 9])
 @pytest.mark.parametrize("name", SUFFIXES)
-@pytest.mark.parametrize("limits", [{}, {"min_length": 2}], ids=["any", "min_length"])
+@pytest.mark.parametrize(
+    ("limits", "max_tokens"), [({}, None), ({"min_length": 2}, 18)], ids=["whole", "min_length-in-parts"]
+)
 def test_equals_a_forward_per_prefix(tiny_policy, name, limits, max_tokens):
     policy, plain, tree = tiny_policy(), tiny_policy(implementation="sdpa"), _tree(**limits)
     bias = None if name == "token" else BIAS
-    reward = LMReward(
-        policy.reference, logit_bias=bias, suffixes=SUFFIXES[name], max_tokens=max_tokens and 2 * max_tokens
-    )
+    reward = LMReward(policy.reference, logit_bias=bias, suffixes=SUFFIXES[name], max_tokens=max_tokens)
     value = log_reward(tree, reward=reward)
     assert value.dtype == torch.float64 and not value.requires_grad
     nodes = tree.terminable.nonzero()[:, 0]
@@ -78,6 +77,18 @@ def test_parts_are_no_larger_than_asked(tiny_policy, seen_tokens):
     seen_tokens.clear()
     log_reward(tree, reward=LMReward(policy.reference, suffixes=[4, 11, 2]))
     assert seen_tokens == [tree.num_nodes + 3 * int(tree.terminable.sum())]
+
+
+def test_parts_of_a_tree_have_the_rewards_of_the_whole(tiny_policy):
+    """The second part holds none of the first prompt's nodes."""
+    tree = _tree()
+    reward = LMReward(tiny_policy().reference, suffixes=SUFFIXES["both"])
+    whole = log_reward(tree, reward=reward)
+    parts = split_tree(tree, max_tokens=7)
+    assert any(0 not in part.tree.group for part in parts)
+    for part in parts:
+        value = log_reward(part.tree, reward=reward)
+        assert float((value - whole[part.nodes]).abs().max()) < 1e-10
 
 
 def test_the_larger_tree_is_a_tree_in_depth_first_order():
@@ -116,10 +127,11 @@ def test_score_and_reward_takes_the_suffixes_into_account(tiny_policy):
     [
         ([], "non-empty lists"),
         ([[4], []], "non-empty lists"),
+        ([4.0], "non-empty lists"),
         ([4, 13], r"token ids in \[0, 13\)"),
         ({(1, 2): [4]}, r"given for every prompt, got none for \[3\]"),
     ],
-    ids=["empty", "empty-candidate", "outside", "prompt-without"],
+    ids=["empty", "empty-candidate", "float", "outside", "prompt-without"],
 )
 def test_refuses_bad_suffixes(tiny_policy, suffixes, message):
     with pytest.raises(InputError, match=message):
