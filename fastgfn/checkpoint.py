@@ -1,4 +1,5 @@
-"""Durable training state: adapter in PEFT format, optimiser, buffer and counters; safetensors and JSON only.
+"""Durable training state: adapter in PEFT format, what is learned beside it in a file of its own, optimiser,
+buffer and counters; safetensors and JSON only.
 
 A checkpoint folder is written under a temporary name, flushed to disk and renamed, so a kill at any moment
 leaves the new one or the one before. All randomness is keyed by (seed, step, trajectory), so the counters in
@@ -9,18 +10,19 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgfn import checks
 from fastgfn.models import Policy, load_adapter_weights, save_adapter
 from fastgfn.models.policy import PARTIAL
 
 KEEP = 2
+LEARNED = "log_z.safetensors"
 # What a run writes beside checkpoints/ and events/; run.json, which says that they are a run's, goes last.
 RUN_FILES = ("report.json", "histogram.png", "failed_step.json", "adapter_config.json")
 RUN_FILES += ("adapter_model.safetensors", "run.json")
@@ -107,8 +109,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in (folder / "checkpoints").glob("step-*") if (p / "state.json").is_file())
 
 
-def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict) -> Path:
+def save_checkpoint(
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    learned: Sequence[tuple[str, nn.Parameter]] = (),
+) -> Path:
     """Write checkpoints/step-<state["step"]>, in place of one that is there, and keep it and the one before.
+
+    learned: what the optimiser has after the policy's parameters, by name.
 
     An old folder of this step gives way under a name that `checkpoints` still lists and goes last.
     """
@@ -117,7 +127,10 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_adapter(policy, partial)
-    save_file(_optimizer_tensors(policy, optimizer), partial / "optimizer.safetensors")
+    if learned:
+        save_file({name: p.detach().contiguous() for name, p in learned}, partial / LEARNED)
+    names = [name for name, _ in (*policy.parameters(), *learned)]
+    save_file(_optimizer_tensors(names, optimizer), partial / "optimizer.safetensors")
     (partial / "state.json").write_text(json.dumps(state))
     _flush(partial)
     if target.exists():
@@ -139,15 +152,27 @@ def read_state(path: Path) -> dict:
     return read_json(path / "state.json", STATE_KEYS)
 
 
-def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Restore the adapter and the optimiser in place; a damaged file raises before either changes."""
+def load_checkpoint(
+    path: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    learned: Sequence[tuple[str, nn.Parameter]] = (),
+) -> None:
+    """Restore the adapter, `learned` and the optimiser in place; a damaged file raises before any changes."""
     adapter, saved = load_file(path / "adapter_model.safetensors"), load_file(path / "optimizer.safetensors")
-    index = {name: i for i, (name, _) in enumerate(policy.parameters())}
+    values = load_file(path / LEARNED) if learned else {}
+    for name, p in learned:
+        want, fix = tuple(p.shape), "restore it"
+        checks.check_shape("load_checkpoint", f"{name} in {LEARNED}", values[name], want, fix)
+    index = {name: i for i, (name, _) in enumerate((*policy.parameters(), *learned))}
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in saved.items():
         name, field = key.rsplit(":", 1)
         moments.setdefault(index[name], {})[field] = value
     load_adapter_weights(policy, adapter)
+    with torch.no_grad():
+        for name, p in learned:
+            p.copy_(values[name])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -184,9 +209,8 @@ def write_json(path: Path, value: dict) -> None:
     partial.replace(path)
 
 
-def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(names: Sequence[str], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
-    names = [name for name, _ in policy.parameters()]
     return {
         f"{names[i]}:{field}": value.detach().clone().contiguous()
         for i, fields in state.items()

@@ -6,9 +6,9 @@ whose trajectories lie in several parts, where the objective reads it); so the l
 parts add up to the whole's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,16 +16,7 @@ from torch import Tensor
 from fastgfn import checks
 from fastgfn.functional.importance import importance_weights
 from fastgfn.models import Policy
-from fastgfn.objectives import (
-    Objective,
-    group_mean,
-    has_anchor,
-    log_ratio,
-    modified_subtb_loss,
-    trajectory_coefficients,
-    vargrad_loss,
-    window_coefficients,
-)
+from fastgfn.objectives import REGISTRY, Objective, Spec, group_mean, log_ratio
 from fastgfn.packing import split_tree
 from fastgfn.phases import phase
 from fastgfn.rewards import LMReward, Reward, log_factors, log_reward
@@ -38,19 +29,61 @@ class Pass:
     """What `add_gradients` computed on the way, all detached.
 
     loss: () float64, of the whole tree.
-    log_z: (G,) group means of log R(x) / T_reward - log q(x).
+    log_z: (G,) group means of log_ratio.
+    log_ratio: (N,) what every trajectory says that log Z(X) is: log R(x) / T_reward - log q(x), or what the
+        objective takes for it.
     log_reward: (N,) log R of every trajectory, not divided by reward_temperature.
     log_factors: (N, K) its un-tempered factors, of a `ProductReward`; of any other reward (N, 1), itself.
     log_q: (N,) float64 log q of every trajectory, the stop included.
     log_pf: (T,) log q of every action node, as of `score`.
+    known_log_z: (G,) log Z(X) as it was passed in or as the flow head says, or None.
     """
 
     loss: Tensor
     log_z: Tensor
+    log_ratio: Tensor
     log_reward: Tensor
     log_factors: Tensor
     log_q: Tensor
     log_pf: Tensor
+    known_log_z: Tensor | None = None
+
+
+class _Truth(NamedTuple):
+    """Of a part's nodes, without gradient: un-tempered log R, and log p of the prior if it is read."""
+
+    log_reward: Tensor
+    prior: LogProbs | None = None
+
+
+class _Losses(NamedTuple):
+    """The objective of any part of a tree; coefficients (N,) are those of the whole."""
+
+    spec: Spec
+    options: dict
+    coefficients: Tensor
+    reward_temperature: float
+
+    def __call__(
+        self,
+        part: TreePart,
+        log_probs: LogProbs,
+        truth: _Truth,
+        log_z: Tensor | None,
+        weights: Tensor | float = 1.0,
+    ) -> Objective:
+        options = dict(self.options)
+        if self.spec.reads_prior:
+            options["prior"] = truth.prior
+        if self.spec.reads_log_z(part.tree):
+            options["log_z"] = log_z
+        return self.spec.loss(
+            log_probs,
+            tree=part.tree,
+            log_reward=truth.log_reward / self.reward_temperature,
+            coefficients=weights * self.coefficients[part.trajectories],
+            **options,
+        )
 
 
 def score_and_reward(tree: TokenTree, *, policy: Policy, reward: Reward) -> tuple[LogProbs, Tensor]:
@@ -59,13 +92,35 @@ def score_and_reward(tree: TokenTree, *, policy: Policy, reward: Reward) -> tupl
     If the reward is an LMReward of the policy's own reference, both share one pass over the head: one launch
     for all hidden rows, which reads the weight once.
     """
-    shared = isinstance(reward, LMReward) and getattr(reward.reference, "policy", None) is policy
-    # a subclass may compute something else, and suffixes make another tree
-    if not shared or reward.suffixes is not None or type(reward).__call__ is not LMReward.__call__:
+    if not _reads_reference(reward, policy):
         return score(tree, policy=policy), log_reward(tree, reward=reward)
     biases = (tree.constraints.logit_bias, reward.logit_bias)
     raw, base = policy.paired_log_probs(tree, *biases, **limits(tree))
     return constrained(raw, tree), log_reward(tree, reward=lambda t: reward.from_log_probs(base, t))
+
+
+def prior_and_reward(tree: TokenTree, *, policy: Policy, reward: Reward) -> tuple[LogProbs, Tensor]:
+    """`score(tree, policy=policy.reference)` and `log_reward(tree, reward=reward)`.
+
+    If the reward is an LMReward of the policy's own reference, both share one forward of the tree.
+    """
+    reference = policy.reference
+    with phase("reward"):
+        hidden = reference.tree_hidden(tree.tokens, tree.position, tree.end)
+
+        def log_p(logit_bias, **limits):
+            return reference.tree_log_probs(tree, logit_bias, hidden=hidden, **limits)
+
+        prior = constrained(log_p(tree.constraints.logit_bias, **limits(tree)), tree)
+    if not _reads_reference(reward, policy):
+        return prior, log_reward(tree, reward=reward)
+    return prior, log_reward(tree, reward=lambda t: reward.from_log_probs(log_p(reward.logit_bias), t))
+
+
+def _reads_reference(reward: Reward, policy: Policy) -> bool:
+    shared = isinstance(reward, LMReward) and getattr(reward.reference, "policy", None) is policy
+    # a subclass may compute something else, and a reward that follows suffixes does
+    return shared and type(reward).__call__ is LMReward.__call__ and reward.suffixes is None
 
 
 def add_gradients(
@@ -75,98 +130,146 @@ def add_gradients(
     reward: Reward,
     reward_temperature: float = 1.0,
     objective: str = "modified_subtb",
-    subtb_lambda: float = 1.0,
+    log_z: Tensor | str | None = None,
     normalization: str = "group",
-    max_tokens: int | None = None,
-    scale: float = 1.0,
+    weights: Tensor | None = None,  # (N,)
     log_behavior: Tensor | None = None,  # (N,)
     importance_clip: tuple[float, float] | None = None,
+    max_tokens: int | None = None,
+    scale: float = 1.0,
+    **options,
 ) -> Pass:
-    """Add the gradient of scale * the objective to `.grad` of the policy's parameters.
+    """Add the gradient of scale * the objective to `.grad` of the policy's parameters and of log_z's.
 
     Args:
         reward_temperature: divides log R.
-        objective: "modified_subtb" or "vargrad", see fastgfn.objectives.
-        subtb_lambda, normalization: of `modified_subtb_loss`; `vargrad_loss` has no subtb_lambda.
+        objective: a name of fastgfn.objectives.REGISTRY; `options` are the further arguments of its loss,
+            such as subtb_lambda or residual_loss.
+        log_z: (G,) log Z(X) of every prompt, which may require a gradient; "head": log F(s_0) of the policy's
+            flow head; None: estimated from the trajectories. Read where the objective reads one.
+        normalization, weights: of the objective; weights are importance weights.
+        log_behavior, importance_clip: a clip adds the weights min(max(q(x) / behavior(x), low), high), under
+            this policy and without gradient; a density that is not known (nan) counts as weight 1.
         max_tokens: a tree of more nodes is scored and differentiated in parts, see `split_tree`; no part's
             graph outlives it. Equal to one pass up to rounding; the price is that nodes which parts share
-            are computed in each, and one more forward where log Z(X) has to be known beforehand.
-        log_behavior, importance_clip: where a clip (low, high) is given, trajectories are weighed with
-            `functional.importance.importance_weights`, 1 where log_behavior is NaN (unknown); numerator only.
+            are computed in each, and one more forward where log Z(X) has to be estimated beforehand.
 
     Raises:
         InputError: as `split_tree`, `log_reward` and the objective, which must fit the reward; no trajectory.
     """
-    checks.check(len(tree.leaf) > 0, "add_gradients", "tree", "of at least one trajectory", 0, "pack some")
-    loss_of, coefficients, reads_log_z = _objective(objective, tree, reward, subtb_lambda, normalization)
-    parts = split_tree(tree, max_tokens=max_tokens)
-    weights_of = partial(_weights, log_behavior=log_behavior, clip=importance_clip)
-    log_z, known = None, [None] * len(parts)
-    if reads_log_z and _share_groups(parts):
-        log_z, known = _log_z(tree, parts, policy, reward, reward_temperature)
+    loss_of = _losses(tree, policy, reward, objective, reward_temperature, normalization, weights, options)
+    parts, is_given = split_tree(tree, max_tokens=max_tokens), log_z is not None
+    truths: Sequence[_Truth | None] = [None] * len(parts)
+    if not is_given and loss_of.spec.reads_log_z(tree) and _share_groups(parts):
+        ratios, truths = _ratios(parts, loss_of, policy, reward)
+        log_z = group_mean(_by_trajectory(parts, ratios), tree)
+    # one leaf for all parts, so that what log_z was computed from is differentiated once
+    shared = log_z.detach().requires_grad_(log_z.requires_grad) if isinstance(log_z, Tensor) else log_z
 
-    def add(part: TreePart, raw_log_reward: Tensor | None) -> tuple[Tensor, ...]:
-        log_probs, raw_log_reward = _scored(part.tree, raw_log_reward, policy, reward)
-        tempered = raw_log_reward / reward_temperature
-        log_q = trajectory_log_q(log_probs, part.tree)
-        loss = loss_of(
-            log_probs,
-            tree=part.tree,
-            log_reward=tempered,
-            log_z=None if log_z is None else log_z[: part.tree.num_groups],
-            coefficients=coefficients[part.trajectories] * weights_of(log_q, part),
-        ).loss
+    def add(part: TreePart, truth: _Truth | None) -> tuple[Tensor, ...]:
+        log_probs, truth = _scored(part.tree, loss_of.spec, policy, reward, truth)
+        own_log_z, log_q = _log_z_of(shared, part.tree, log_probs), trajectory_log_q(log_probs, part.tree)
+        shares = _weights(log_q, part, log_behavior, importance_clip)
+        result = loss_of(part, log_probs, truth, own_log_z, shares)
         with phase("backward"):
-            (loss * scale).backward()
-        return (
-            loss.detach().double(),
-            log_ratio(log_probs, part.tree, tempered),
-            raw_log_reward[part.tree.leaf],
-            log_factors(part.tree, raw_log_reward, reward=reward)[part.tree.leaf],
-            log_q,
-            log_probs.log_pf.detach(),
-        )
+            (result.loss * scale).backward()
+        own_log_z = None if own_log_z is None else own_log_z.detach()
+        factors = log_factors(part.tree, truth.log_reward, reward=reward)
+        ends = (result.log_ratio, truth.log_reward[part.tree.leaf], factors[part.tree.leaf], log_q)
+        return result.loss.detach().double(), *ends, log_probs.log_pf.detach(), own_log_z
 
-    return _gathered(tree, parts, [add(part, value) for part, value in zip(parts, known, strict=True)])
-
-
-def _scored(tree: TokenTree, known: Tensor | None, policy: Policy, reward: Reward) -> tuple[LogProbs, Tensor]:
-    """`score_and_reward`, or `score` where log R is known."""
-    if known is None:
-        return score_and_reward(tree, policy=policy, reward=reward)
-    return score(tree, policy=policy), known
+    results = [add(part, truth) for part, truth in zip(parts, truths, strict=True)]
+    if isinstance(shared, Tensor) and shared.grad is not None:
+        log_z.backward(shared.grad)
+    return _whole(tree, parts, results, is_given)
 
 
-def _gathered(tree: TokenTree, parts: Sequence[TreePart], results: Sequence[tuple[Tensor, ...]]) -> Pass:
-    """The whole tree's, from the loss, (N',) values and (T',) log q of every part."""
-    losses, *by_trajectory, log_pfs = zip(*results, strict=True)
-    ratios, *rest = (_by_trajectory(parts, values) for values in by_trajectory)
-    log_pf = _by_node(parts, log_pfs, tree.num_nodes)
-    return Pass(torch.stack(losses).sum(), group_mean(ratios, tree), *rest, log_pf)
+def estimate_log_z(
+    tree: TokenTree,
+    *,
+    policy: Policy,
+    reward: Reward,
+    reward_temperature: float = 1.0,
+    objective: str = "modified_subtb",
+    max_tokens: int | None = None,
+    **options,
+) -> Tensor:
+    """(G,) float64 group means of what every trajectory says that log Z(X) is, without gradient: where to
+    start a learned log Z(X). It lies below the true one by the distance KL(q || posterior) on average.
+
+    Args and raises: as `add_gradients`.
+    """
+    loss_of = _losses(tree, policy, reward, objective, reward_temperature, "group", None, options)
+    parts = split_tree(tree, max_tokens=max_tokens)
+    return group_mean(_by_trajectory(parts, _ratios(parts, loss_of, policy, reward)[0]), tree)
 
 
-def _objective(
-    name: str, tree: TokenTree, reward: Reward, subtb_lambda: float, normalization: str
-) -> tuple[Callable[..., Objective], Tensor, bool]:
-    """The loss of a part, the (N,) coefficients of the whole tree, and whether the loss reads log Z(X)."""
-    want, fix = "'modified_subtb' or 'vargrad'", "use 'modified_subtb'"
-    checks.check(name in ("modified_subtb", "vargrad"), "add_gradients", "objective", want, repr(name), fix)
-    if name == "vargrad":
-        return vargrad_loss, trajectory_coefficients(tree, normalization=normalization), True
+def _losses(
+    tree: TokenTree,
+    policy: Policy,
+    reward: Reward,
+    objective: str,
+    reward_temperature: float,
+    normalization: str,
+    weights: Tensor | None,
+    options: dict,
+) -> _Losses:
+    name, num = "add_gradients", tree.leaf.shape[0]
+    checks.check(num > 0, name, "tree", "of at least one trajectory", num, "pack some rollouts")
+    want, fix = f"one of {tuple(REGISTRY)}", "use 'modified_subtb'"
+    checks.check(objective in REGISTRY, name, "objective", want, repr(objective), fix)
+    spec = REGISTRY[objective]
     want, fix = "defined on every terminable prefix", "use objective='vargrad'"
-    whole_only = getattr(reward, "terminal_only", False)
-    checks.check(not whole_only, "add_gradients", "reward", want, "a terminal-only reward", fix)
-    coefficients = window_coefficients(tree, subtb_lambda=subtb_lambda, normalization=normalization)
-    return partial(modified_subtb_loss, subtb_lambda=subtb_lambda), coefficients, has_anchor(tree)
+    fits = not (spec.reads_prefixes and getattr(reward, "terminal_only", False))
+    checks.check(fits, name, "reward", want, "a terminal-only reward", fix)
+    pools_by = {key: options[key] for key in spec.pools_by if key in options}
+    coefficients = spec.coefficients(tree, normalization=normalization, weights=weights, **pools_by)
+    return _Losses(spec, options, coefficients, reward_temperature)
 
 
+def _whole(tree: TokenTree, parts: Sequence[TreePart], results: Sequence[tuple], is_given: bool) -> Pass:
+    """Of all parts together: (loss, log_ratio, log_reward, log_factors, log_q, log_pf, log_z) of each."""
+    losses, *by_trajectory, log_pfs, log_zs = zip(*results, strict=True)
+    ratios, *rest = (_by_trajectory(parts, values) for values in by_trajectory)
+    log_pf, means = _by_node(parts, log_pfs, tree.num_nodes), group_mean(ratios, tree)
+    known = torch.zeros_like(means) if is_given else None
+    for part, log_z in zip(parts, log_zs, strict=True) if is_given else ():
+        groups = part.tree.group[part.tree.leaf].long()
+        known[groups] = log_z.to(known)[groups]
+    return Pass(torch.stack(losses).sum(), means, ratios, *rest, log_pf, known)
+
+
+def _scored(
+    tree: TokenTree, spec: Spec, policy: Policy, reward: Reward, truth: _Truth | None
+) -> tuple[LogProbs, _Truth]:
+    if truth is not None:
+        return score(tree, policy=policy), truth
+    if spec.reads_prior:
+        prior, value = prior_and_reward(tree, policy=policy, reward=reward)
+        return score(tree, policy=policy), _Truth(value, prior)
+    log_probs, value = score_and_reward(tree, policy=policy, reward=reward)
+    return log_probs, _Truth(value)
+
+
+def _log_z_of(log_z: Tensor | str | None, tree: TokenTree, log_probs: LogProbs) -> Tensor | None:
+    """(G',) log Z(X) of the prompts of a part, which keep their numbers."""
+    if log_z is None or isinstance(log_z, Tensor):
+        return log_z if log_z is None else log_z[: tree.num_groups]
+    flow, fix = log_probs.log_flow, "set one, see fastgfn.models.flow"
+    checks.check(flow is not None, "add_gradients", "policy.flow_head", "a head", None, fix)
+    roots = tree.is_root_state.nonzero()[:, 0]
+    zeros = torch.zeros(tree.num_groups, dtype=flow.dtype, device=flow.device)
+    return zeros.index_copy(0, tree.group[roots].long(), flow[roots])
+
+
+@torch.no_grad()
 def trajectory_log_q(log_probs: LogProbs, tree: TokenTree) -> Tensor:
     """(N,) float64 log q of every trajectory, the stop included, without gradient."""
     return -log_ratio(log_probs, tree, torch.zeros_like(log_probs.log_pf)).double()
 
 
 def _weights(
-    log_q: Tensor, part: TreePart, *, log_behavior: Tensor | None, clip: tuple[float, float] | None
+    log_q: Tensor, part: TreePart, log_behavior: Tensor | None, clip: tuple[float, float] | None
 ) -> Tensor | float:
     """(N',) importance weights of a part's trajectories, or 1."""
     if clip is None:
@@ -182,16 +285,18 @@ def _share_groups(parts: Sequence[TreePart]) -> bool:
 
 
 @torch.no_grad()
-def _log_z(
-    tree: TokenTree, parts: Sequence[TreePart], policy: Policy, reward: Reward, reward_temperature: float
-) -> tuple[Tensor, list[Tensor]]:
-    """(G,) log Z(X) as the whole tree's loss would estimate it, and the un-tempered log R of every part."""
-    ratios, raw = [], []
+def _ratios(
+    parts: Sequence[TreePart], loss_of: _Losses, policy: Policy, reward: Reward
+) -> tuple[list[Tensor], list[_Truth]]:
+    """What the trajectories of every part say that log Z(X) is, and log R and the prior of every part."""
+    ratios, truths = [], []
     for part in parts:
-        log_probs, values = score_and_reward(part.tree, policy=policy, reward=reward)
-        ratios.append(log_ratio(log_probs, part.tree, values / reward_temperature))
-        raw.append(values)
-    return group_mean(_by_trajectory(parts, ratios), tree), raw
+        log_probs, truth = _scored(part.tree, loss_of.spec, policy, reward, None)
+        # of no influence on a ratio
+        any_log_z = torch.zeros(part.tree.num_groups, device=part.nodes.device)
+        ratios.append(loss_of(part, log_probs, truth, any_log_z).log_ratio)
+        truths.append(truth)
+    return ratios, truths
 
 
 def _by_node(parts: Sequence[TreePart], values: Sequence[Tensor], num_nodes: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Stage 3: TokenTree -> LogProbs. One teacher-forced forward, in the convention of the tree's constraints."""
 
+from dataclasses import replace
+
 from fastgfn.models import Policy, Reference
 from fastgfn.phases import phase
 from fastgfn.types import LogProbs, Role, TokenTree
@@ -38,4 +40,4 @@ def constrained(raw: LogProbs, tree: TokenTree) -> LogProbs:
     log_pterm = raw.log_pterm
     if constraints.termination == "forced":
         log_pterm = log_pterm.masked_fill(tree.length >= constraints.max_length, 0.0)
-    return LogProbs(log_pf=log_pf, log_pterm=log_pterm.masked_fill(~tree.terminable, 0.0))
+    return replace(raw, log_pf=log_pf, log_pterm=log_pterm.masked_fill(~tree.terminable, 0.0))

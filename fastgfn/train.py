@@ -1,31 +1,31 @@
 """The loop: `Trainer.step` is the road, in order, and nothing else.
 
-prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss (or vargrad_loss) -> optimiser step
+prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss (or another) -> optimiser step
 
-fastgfn.passes holds the three in the middle, for a whole tree or in parts.
+fastgfn.behavior holds the first, fastgfn.passes the three in the middle, for a whole tree or in parts, and
+fastgfn.durable what of a run outlives the process.
 """
 
 import functools
-import hashlib
-import json
 import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from fastgfn import checks, failures
+from fastgfn import checks, durable, failures
 from fastgfn.behavior import Explorer
-from fastgfn.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from fastgfn.config import TrainConfig
+from fastgfn.log_z import LearnedLogZ
 from fastgfn.models import Policy
+from fastgfn.objectives import REGISTRY
 from fastgfn.ops.tree import path_nodes
 from fastgfn.packing import pack
-from fastgfn.passes import Pass, add_gradients
+from fastgfn.passes import Pass, add_gradients, estimate_log_z
 from fastgfn.phases import phase
 from fastgfn.rewards import ProductReward, Reward
 from fastgfn.rollout import check_prompts
@@ -95,7 +95,7 @@ class Trainer:
             len(prompts) > 0, "Trainer", "prompts", "at least one prompt", 0, "pass lists of token ids"
         )
         checks.check(
-            config.objective == "vargrad" or not getattr(reward, "terminal_only", False),
+            not (REGISTRY[config.objective].reads_prefixes and getattr(reward, "terminal_only", False)),
             "Trainer",
             "reward",
             "defined on every terminable prefix",
@@ -116,8 +116,12 @@ class Trainer:
         self.constraints = constraints
         self.config = config
         self.grammar = grammar
+        self.log_z = LearnedLogZ(config.log_z, policy, len(prompts), seed=config.seed)
+        groups = [dict(params=parameters, share=1.0)]
+        if learned := [p for _, p in self.log_z.parameters()]:
+            groups.append(dict(params=learned, share=config.log_z_learning_rate / config.learning_rate))
         self.optimizer = torch.optim.Adam(
-            parameters, lr=config.learning_rate, betas=config.adam_betas, fused=True
+            groups, lr=config.learning_rate, betas=config.adam_betas, fused=True
         )
         self.explorer = Explorer(
             policy,
@@ -136,7 +140,7 @@ class Trainer:
         self.tokens = 0
         self.seconds = 0.0
         self.merges = True  # whether sequences are drawn with merged weights
-        self._run_folder: str | None = None  # whose checkpoints are this run's
+        self.run_folder: str | None = None  # whose checkpoints are this run's
 
     @_undone_on_failure
     def step(self) -> dict[str, float]:
@@ -149,55 +153,59 @@ class Trainer:
             InputError: nothing to train on for a prompt, where num_samples is 0.
         """
         config, step = self.config, self.steps_done
-        learning_rate, reward_temperature = config.learning_rate_at(step), config.reward_temperature_at(step)
-        reward = self.reward.at(step) if isinstance(self.reward, ProductReward) else self.reward
-        metrics: dict[str, float] = {"loss": 0.0, "log_z": 0.0, "drift": 0.0}
+        learning_rate = config.learning_rate_at(step)
+        metrics = dict.fromkeys(("loss", "log_z", "drift"), 0.0)
         self.optimizer.zero_grad()
-        batches = []
         if step == 0:
             self._fill()
-        for micro in range(config.accumulation):
-            with failures.named(self.policy):
-                drawn = self.explorer.draw(
-                    step,
-                    micro,
-                    reward=reward,
-                    reward_temperature=reward_temperature,
-                    first_trajectory=self.trajectories,
-                    merge=self.merges,
-                )
-            tree = pack(drawn.rollouts, grammar=self.grammar, device=self.policy.device)
-            with failures.named(self.policy, drawn.rollouts):
-                result = add_gradients(
-                    tree,
-                    policy=self.policy,
-                    reward=reward,
-                    reward_temperature=reward_temperature,
-                    objective=config.objective,
-                    subtb_lambda=config.subtb_lambda,
-                    normalization=config.normalization,
-                    max_tokens=config.max_tokens,
-                    scale=1.0 / config.accumulation,
-                    log_behavior=drawn.rollouts.log_behavior,
-                    importance_clip=config.importance_clip,
-                )
-            failures.check_loss(result, drawn.rollouts, self.policy)
-            batches.append((result, drawn.rollouts))
-            self.explorer.remember(drawn, result.log_factors, step)
-            self.trajectories += drawn.num_trajectories
-            self.tokens += drawn.num_tokens
-            metrics["loss"] += float(result.loss) / config.accumulation
-            metrics["log_z"] += float(result.log_z.mean()) / config.accumulation
-            metrics["drift"] += drift(drawn.fresh, tree, result.log_pf) / config.accumulation
+        batches = [self._micro_batch(step, micro, metrics) for micro in range(config.accumulation)]
         self._check_drift(metrics["drift"])
         metrics["grad_norm"] = self._update(learning_rate, batches)
         self.steps_done += 1
-        metrics |= {"learning_rate": learning_rate, "reward_temperature": reward_temperature}
         return metrics | {
+            "learning_rate": learning_rate,
+            "reward_temperature": config.reward_temperature_at(step),
             "buffer": len(self.buffer),
             "trajectories": self.trajectories,
             "tokens": self.tokens,
         }
+
+    def _micro_batch(self, step: int, micro: int, metrics: dict[str, float]) -> tuple[Pass, Rollouts]:
+        """Draw, pack and add gradients; the metrics take their share."""
+        config = self.config
+        reward = self.reward.at(step) if isinstance(self.reward, ProductReward) else self.reward
+        target = dict(reward=reward, reward_temperature=config.reward_temperature_at(step))
+        with failures.named(self.policy):
+            drawn = self.explorer.draw(
+                step, micro, first_trajectory=self.trajectories, merge=self.merges, **target
+            )
+        tree = pack(drawn.rollouts, grammar=self.grammar, device=self.policy.device)
+        options = dict(objective=config.objective, max_tokens=config.max_tokens, **config.objective_options)
+        options |= dict(policy=self.policy, **target)
+        with failures.named(self.policy, drawn.rollouts):
+            result = add_gradients(
+                tree,
+                log_z=self.log_z.of(
+                    self.explorer.places(step, micro), partial(estimate_log_z, tree, **options)
+                ),
+                normalization=config.normalization,
+                log_behavior=drawn.rollouts.log_behavior,
+                importance_clip=config.importance_clip,
+                scale=1.0 / config.accumulation,
+                **options,
+            )
+        failures.check_loss(result, drawn.rollouts, self.policy)
+        self.explorer.remember(drawn, result.log_factors, step)
+        self.trajectories += drawn.num_trajectories
+        self.tokens += drawn.num_tokens
+        found = {"loss": result.loss, "log_z": result.log_z.mean()}
+        found["drift"] = drift(drawn.fresh, tree, result.log_pf)
+        if result.known_log_z is not None:
+            self.log_z.check(result.known_log_z, result.log_z)
+            found["learned_log_z"] = result.known_log_z.mean()
+        for name, value in found.items():
+            metrics[name] = metrics.get(name, 0.0) + float(value) / config.accumulation
+        return result, drawn.rollouts
 
     def fit(
         self,
@@ -218,7 +226,7 @@ class Trainer:
         """
         every = self.config.checkpoint_every
         started = time.perf_counter() - self.seconds
-        if os.path.realpath(run_folder) != self._run_folder:
+        if os.path.realpath(run_folder) != self.run_folder:
             self.save(run_folder)
         while self.steps_done < self.config.steps:
             try:
@@ -241,21 +249,7 @@ class Trainer:
         Raises:
             InputError: the folder holds checkpoints and this trainer neither wrote nor resumed them.
         """
-        folder = os.path.realpath(run_folder)
-        free = folder == self._run_folder or not checkpoints(Path(folder))
-        have, fix = f"{run_folder}, with checkpoints of another run", "choose another folder or resume"
-        checks.check(free, "Trainer.save", "run_folder", "new, or this run's", have, fix)
-        self._run_folder = folder
-        state = {
-            "step": self.steps_done,
-            "trajectories": self.trajectories,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "merges": self.merges,
-            "run": self._describe(),
-            "buffer": self.buffer.state(),
-        }
-        return save_checkpoint(Path(folder), self.policy, self.optimizer, state)
+        return durable.save(self, run_folder)
 
     def resume(self, run_folder: Path) -> int:
         """Continue from the newest intact checkpoint; returns the number of steps already done.
@@ -265,30 +259,7 @@ class Trainer:
         Raises:
             InputError: no intact checkpoint, or it was written with other settings.
         """
-        damaged: list[str] = []
-        for path in reversed(checkpoints(Path(run_folder))):
-            try:
-                state = read_state(path)
-            except checks.InputError as error:
-                damaged.append(f"{path.name}: {error}")
-                continue
-            self._same_run(state)
-            try:
-                self.buffer.load_state(state["buffer"])
-                load_checkpoint(path, self.policy, self.optimizer)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-                damaged.append(f"{path.name}: {error}")
-                continue
-            if damaged:
-                warnings.warn(f"Trainer.resume: passed over damaged {'; '.join(damaged)}", stacklevel=2)
-            self.steps_done, self.trajectories = state["step"], state["trajectories"]
-            self.tokens, self.seconds = state["tokens"], state["seconds"]
-            self.merges = state.get("merges", True)
-            self._run_folder = os.path.realpath(run_folder)
-            return self.steps_done
-        have = f"{run_folder} ({'damaged ' + damaged[0] if damaged else 'no checkpoint'})"
-        fix = "train in another folder" if damaged else "train first"
-        checks.fail("Trainer.resume", "run_folder", "a run with an intact checkpoint", have, fix)
+        return durable.resume(self, run_folder)
 
     def _check_drift(self, drift: float) -> None:
         """Draw unmerged from now on if merged weights are too far from the policy."""
@@ -314,44 +285,13 @@ class Trainer:
         about = {"step": step, "seed": config.seed, "config": config.to_dict(), "prompts": prompts}
         failures.write(folder, error, **about)
 
-    def _describe(self) -> dict:
-        """What has to be the same for a run to be continued."""
-        limits = self.constraints
-        bias = None if limits.logit_bias is None else limits.logit_bias.double().tolist()
-        text = json.dumps([self.prompts, bias])
-        return self.config.to_dict() | {
-            "termination_token_id": limits.termination_token_id,
-            "extra_termination_token_ids": list(limits.extra_termination_token_ids),
-            "min_length": limits.min_length,
-            "max_length": limits.max_length,
-            "termination": limits.termination,
-            "demonstrations and seed prompts": self.explorer.given_hash,
-            "grammar": None if self.grammar is None else type(self.grammar).__name__,
-            "prompts and logit_bias": hashlib.sha256(text.encode()).hexdigest(),
-            "reward factors": list(self.buffer.factors),
-            "trainable tensors": [[name, list(p.shape)] for name, p in self.policy.parameters()],
-        }
-
-    def _same_run(self, state: dict) -> None:
-        # a run from before a setting existed had what is now its default
-        first = TrainConfig().to_dict() | {
-            "extra_termination_token_ids": [],
-            "demonstrations and seed prompts": None,
-            "reward factors": ["log_reward"],
-        }
-        run = json.loads(json.dumps(first)) | state["run"]
-        for key, value in json.loads(json.dumps(self._describe())).items():
-            saved = run.get(key)
-            fix = "resume with the settings the run was started with"
-            checks.check(saved == value, "Trainer.resume", key, _short(saved), _short(value), fix)
-
     @phase("optimizer")
     def _update(self, learning_rate: float, batches: list[tuple[Pass, Rollouts]]) -> float:
         parameters = [p for _, p in self.policy.parameters()]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         failures.check_norm(norm, batches, self.policy)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["share"]
         self.optimizer.step()
         # a caller's autocast around several steps would keep casts of the weights before this one
         torch.clear_autocast_cache()
@@ -370,8 +310,3 @@ def drift(rollouts: Rollouts, tree: TokenTree, log_pf: Tensor) -> float:
         return 0.0
     gap = log_pf.cpu()[nodes.clamp(min=0)] - rollouts.log_pf
     return float(gap[counted].abs().mean()) if bool(counted.any()) else 0.0
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

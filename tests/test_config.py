@@ -94,7 +94,7 @@ def test_a_mapping_round_trips_and_an_unknown_key_names_the_closest():
         ("reward_temperature", (1.0, float("nan"))),
         ("schedule", "step"),
         ("normalization", "mean"),
-        ("objective", "tb"),
+        ("objective", "ppo"),
         ("objective", None),
         ("learning_rate", 0.0),
         ("max_grad_norm", 0.0),

@@ -17,9 +17,9 @@ LAYERS = [
     ({"functional"}, True),
     ({"models", "attention"}, True),
     ({"rollout", "packing", "scoring", "rewards", "objectives", "replay"}, False),
-    ({"checkpoint", "distributed", "evaluate", "passes"}, False),
+    ({"checkpoint", "distributed", "evaluate", "log_z", "passes"}, False),
     ({"behavior", "failures"}, False),
-    ({"train"}, False),
+    ({"durable", "train"}, True),
     ({"baselines", "lab", "tasks", "throughput"}, True),
     ({"integrations", "cli"}, True),
 ]

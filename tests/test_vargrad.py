@@ -240,8 +240,8 @@ def test_refuses_bad_input(tiny_policy):
     ):
         with pytest.raises(InputError, match=match):
             vargrad_loss(scored, **(options | extra))
-    with pytest.raises(InputError, match="objective must be 'modified_subtb' or 'vargrad', got 'tb'"):
-        add_gradients(tree, policy=policy, reward=_terminal(), objective="tb")
+    with pytest.raises(InputError, match="objective must be one of .*'vargrad'.*, got 'ppo'"):
+        add_gradients(tree, policy=policy, reward=_terminal(), objective="ppo")
     with pytest.raises(InputError, match="terminal-only reward; use objective='vargrad'"):
         add_gradients(tree, policy=policy, reward=_terminal(), objective="modified_subtb")
     assert all(p.grad is None for _, p in policy.parameters())

@@ -137,7 +137,7 @@ class Explorer:
             temperatures=reward.temperatures if isinstance(reward, ProductReward) else None,
             version=step,
         )
-        places = self._places(step, micro)
+        places = self.places(step, micro)
         fresh = self._fresh([self._prompts[i] for i in places], sampler, step, micro)
         judge = Judge(self.policy, reward, self.grammar, self.config.max_tokens)
         found = self._searched(
@@ -191,7 +191,7 @@ class Explorer:
 
     def prompts(self, step: int, micro: int) -> list[list[int]]:
         """The next prompts of a stream that visits every prompt once per epoch, in a new order each time."""
-        return [self._prompts[i] for i in self._places(step, micro)]
+        return [self._prompts[i] for i in self.places(step, micro)]
 
     @property
     def given_hash(self) -> str | None:
@@ -204,7 +204,8 @@ class Explorer:
         text = json.dumps([self._demonstrations, self._seed_prompts, cut])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _places(self, step: int, micro: int) -> list[int]:
+    def places(self, step: int, micro: int) -> list[int]:
+        """Where the prompts of a micro-batch are among those of the run; see `prompts`."""
         first = (step * self.config.accumulation + micro) * self.config.prompts_per_step
         num, found = len(self._prompts), []
         for index in range(first, first + self.config.prompts_per_step):

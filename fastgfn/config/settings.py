@@ -29,6 +29,9 @@ class Settings:
             self._need(type(value) is bool, field, "true or false")
         elif kind == str | None:
             self._need(value is None or type(value) is str, field, "text or None")
+        elif kind == float | None:
+            number = type(value) in (int, float) and math.isfinite(value)
+            self._need(value is None or number, field, "a finite number or None")
         elif kind == int | None:
             self._need(value is None or type(value) is int, field, "an integer or None")
         elif value is not None or kind == tuple[float, float]:

@@ -3,25 +3,18 @@
 import math
 from dataclasses import dataclass
 
-from fastgfn.config.behavior import Behavior
+from fastgfn.config.objective import Objective
 from fastgfn.config.settings import between
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig(Behavior):
-    """Settings of `Trainer`, those of `Behavior` among them; every field has a unit or a range."""
+class TrainConfig(Objective):
+    """Settings of `Trainer`: of its behaviour, its objective and its optimiser; every field has a unit or range."""
 
     steps: int = 100
     """Optimiser steps."""
     accumulation: int = 1
     """Micro-batches whose gradients are averaged into one optimiser step."""
-    objective: str = "modified_subtb"
-    """What is balanced: "modified_subtb" (every prefix, which needs a reward of its own) or "vargrad" (whole
-    sequences of a prompt, two at least; a reward of whole sequences is enough)."""
-    subtb_lambda: float = 1.0
-    """Window weight lambda^(k-1) of "modified_subtb", in [0, 1]."""
-    normalization: str = "group"
-    """How windows (or sequences) are pooled: "group", "batch" or "trajectory"."""
     max_tokens: int | None = None
     """Most nodes of a token tree in one pass. A larger one is scored and differentiated in parts of whole
     sequences, with equal gradients and less memory; None: always one pass."""
@@ -47,17 +40,12 @@ class TrainConfig(Behavior):
     """Optimiser steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        Behavior.__post_init__(self)
+        Objective.__post_init__(self)
         for field in ("steps", "accumulation", "reward_horizon"):
             self._need(getattr(self, field) >= 1, field, ">= 1")
         self._need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", ">= 1 or None")
         for field in ("warmup_steps", "checkpoint_every"):
             self._need(getattr(self, field) >= 0, field, ">= 0")
-        known = ("modified_subtb", "vargrad")
-        self._need(self.objective in known, "objective", "'modified_subtb' or 'vargrad'")
-        pairs = self.objective != "vargrad" or self.most_per_prompt >= 2
-        self._need(pairs, "num_samples", ">= 2 with objective='vargrad'")
-        self._need(0.0 <= self.subtb_lambda <= 1.0, "subtb_lambda", "in [0, 1]")
         self._pair("adam_betas", lambda v: 0.0 <= v < 1.0, "two numbers in [0, 1)")
         self._pair("reward_temperature", lambda v: math.isfinite(v) and v > 0, "two numbers > 0")
         self._need(self.learning_rate > 0, "learning_rate", "> 0")
@@ -65,8 +53,6 @@ class TrainConfig(Behavior):
         self._need(
             self.schedule in ("constant", "linear", "cosine"), "schedule", "constant, linear or cosine"
         )
-        names = ("group", "batch", "trajectory")
-        self._need(self.normalization in names, "normalization", f"one of {names}")
 
     def learning_rate_at(self, step: int) -> float:
         """Adam step size of optimiser step `step` (0-based)."""

@@ -5,6 +5,7 @@ log p(stop | node), 0 off the states; float32, or float64 for float64 hidden sta
 is renormalised over what `tree.allowed` lets it choose, which holds the termination tokens' limits too.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,11 +26,18 @@ class _Reads(NamedTuple):
 
 
 def tree_log_probs(
-    model, tree: TokenTree, logit_bias: Tensor | None, no_stop_below: int, masked: bool
+    model,
+    tree: TokenTree,
+    logit_bias: Tensor | None,
+    no_stop_below: int,
+    masked: bool,
+    hidden: Tensor | None = None,
 ) -> LogProbs:
-    """log p of a Policy or Reference: one forward of the tree; the head sees each hidden row once, or twice
-    below `no_stop_below` tokens, where the tokens that follow are under p without the stop token."""
-    hidden = model.tree_hidden(tree.tokens, tree.position, tree.end)
+    """log p of a Policy or Reference: one forward of the tree, unless `hidden` is its result; the head sees
+    each hidden row once, or twice below `no_stop_below` tokens, where the tokens that follow are under p
+    without the stop token."""
+    if hidden is None:
+        hidden = model.tree_hidden(tree.tokens, tree.position, tree.end)
     first, renormalised = _reads(tree, no_stop_below)
     with phase("head"):
         raw = linear_log_probs(
@@ -41,7 +49,8 @@ def tree_log_probs(
             **_masks(tree, first, masked),
             **_options(model),
         )
-        return _renormalised(model, tree, hidden, _on_nodes(tree, first, raw), renormalised, logit_bias)
+        raw = _renormalised(model, tree, hidden, _on_nodes(tree, first, raw), renormalised, logit_bias)
+        return _with_flow(model, tree, hidden, raw)
 
 
 def paired_log_probs(
@@ -77,7 +86,17 @@ def paired_log_probs(
             **_options(policy),
         )
         ours = _renormalised(policy, tree, hidden, _on_nodes(tree, first, raw), renormalised, logit_bias)
-        return ours, _on_nodes(tree, every, raw_base)
+        return _with_flow(policy, tree, hidden, ours), _on_nodes(tree, every, raw_base)
+
+
+def _with_flow(model, tree: TokenTree, hidden: Tensor, raw: LogProbs) -> LogProbs:
+    """`raw` with log F of the model's flow head at the states, if it has one."""
+    if model.flow_head is None:
+        return raw
+    states = tree.is_state.nonzero()[:, 0]
+    values = model.flow_head(hidden[states])
+    zeros = torch.zeros(tree.num_nodes, dtype=values.dtype, device=values.device)
+    return replace(raw, log_flow=zeros.index_copy(0, states, values))
 
 
 def _reads(tree: TokenTree, no_stop_below: int) -> tuple[_Reads, _Reads]:

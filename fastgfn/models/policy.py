@@ -70,6 +70,7 @@ class Policy:
         refuse_local_attention(self.config, self._takes_function)
         self._linear = take_over(self._backbone)
         self.kept = None  # what `sample` keeps here between calls
+        self.flow_head: nn.Module | None = None  # (R, D) hidden states -> (R,) log F, see fastgfn.models.flow
         take_over_mlps(self._backbone)
         self._packed = [p for m in take_over_layers(self._backbone) for p in (m.qkv, m.gate_up)]
         self._is_checkpointed = False
@@ -277,6 +278,8 @@ class Policy:
 class Reference:
     """The base model: the policy's passes with the adapter off, without gradient."""
 
+    flow_head = None
+
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
 
@@ -303,9 +306,11 @@ class Reference:
         *,
         no_stop_below: int = 0,
         masked: bool = False,
+        hidden: Tensor | None = None,
     ) -> LogProbs:
-        """Node-aligned log p of the base model, see fastgfn.models.log_probs."""
-        return tree_log_probs(self, tree, logit_bias, no_stop_below, masked)
+        """Node-aligned log p of the base model, see fastgfn.models.log_probs; `hidden` is what tree_hidden
+        returned for this tree, if it is known."""
+        return tree_log_probs(self, tree, logit_bias, no_stop_below, masked, hidden)
 
 
 def _address(tensor: Tensor | tuple[Tensor, ...] | None) -> object:

@@ -1,13 +1,14 @@
-"""What the objectives share: how trajectories are pooled, the anchor, and checks of what enters a loss."""
+"""What the objectives share: how trajectories are pooled, what a residual costs, and checks."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgfn import checks
-from fastgfn.ops.scan import subtree_sum, tree_cumsum
-from fastgfn.ops.subtb import subtb_tree_pairs
+from fastgfn.ops import residual as ops
+from fastgfn.ops.scan import tree_cumsum
 from fastgfn.types import LogProbs, TokenTree
 
 NORMALIZATIONS = ("group", "batch", "trajectory")
@@ -15,52 +16,33 @@ NORMALIZATIONS = ("group", "batch", "trajectory")
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """loss: () differentiable. log_z: (G,) detached group means of log R(x) - log q(x) over the batch."""
+    """loss: () differentiable.
+    log_z: (G,) detached group means of log_ratio over the batch.
+    log_ratio: (N,) detached, what every trajectory alone says that log Z(X) is: log R(x) - log q(x), or what
+        an objective of another target takes for it.
+    """
 
     loss: Tensor
     log_z: Tensor
+    log_ratio: Tensor
 
 
-def has_anchor(tree: TokenTree) -> bool:
-    """Whether s_0 cannot stop, so that the loss reads log Z(X), by default a mean over a prompt's samples.
+class Pooling(NamedTuple):
+    """How the trajectories of a loss are pooled, or the coefficients that this went into."""
 
-    It is the same for every prompt. Under a grammar it is read from the tree, which waits for a GPU.
-    """
-    if tree.allowed is not None:
-        return bool((tree.is_root_state & ~tree.terminable).any())
-    return tree.constraints.termination == "forced" and tree.constraints.min_length > 0
+    normalization: str = "group"
+    weights: Tensor | None = None
+    coefficients: Tensor | None = None
 
 
-def window_coefficients(
-    tree: TokenTree,
-    *,
-    subtb_lambda: float = 1.0,
-    normalization: str = "group",
-    weights: Tensor | None = None,  # (N,)
-) -> Tensor:
-    """(N,) float64 coefficients a with which `modified_subtb_loss` is the sum over trajectories n and windows
-    of n of a_n lambda^(k-1) (U_j - U_i)^2.
+class Residual(NamedTuple):
+    """What a residual costs, see fastgfn.ops.residual; limit of "clamped"."""
 
-    They depend on the tree's structure alone, so they are known before any of it is scored.
+    loss: str = "squared"
+    limit: float | None = None
 
-    Args and raises: as `modified_subtb_loss`.
-    """
-    name = "window_coefficients"
-    check_options(name, subtb_lambda, normalization)
-    ends = window_ends(tree)
-    pairs = subtb_tree_pairs(tree.parent, ends, subtb_lambda) * ends
-    share = _shares(name, tree, weights)
-    if normalization == "trajectory":
-        total = tree_cumsum(pairs, tree.parent)[tree.leaf]
-        used = total > 0
-        return share * used / torch.where(used, total, torch.ones_like(total)) / used.sum().clamp(min=1)
-    mass = tree.count * pairs
-    if normalization == "batch":
-        return share / _nonzero(mass.sum())
-    zeros = torch.zeros(tree.num_groups, dtype=torch.float64, device=pairs.device)
-    per_group = zeros.index_add(0, tree.group.long(), mass)
-    scale = (per_group > 0) / _nonzero(per_group) / (per_group > 0).sum().clamp(min=1)
-    return share * scale[tree.group[tree.leaf].long()]
+    def __call__(self, value: Tensor) -> Tensor:
+        return ops.residual_loss(value, self.loss, self.limit)
 
 
 def trajectory_coefficients(
@@ -69,91 +51,90 @@ def trajectory_coefficients(
     normalization: str = "group",
     weights: Tensor | None = None,  # (N,)
 ) -> Tensor:
-    """(N,) float64 coefficients a with which `vargrad_loss` is the sum over trajectories n of
-    a_n (delta_n - m)^2.
+    """(N,) float64 coefficients a with which an objective of whole trajectories is the sum over them, n, of
+    a_n phi(residual_n).
 
     Args and raises: as `vargrad_loss`.
     """
     name = "trajectory_coefficients"
     check_normalization(name, normalization)
+    return pooled(name, tree, torch.ones_like(tree.leaf, dtype=torch.float64), normalization, weights)
+
+
+def pooled(name: str, tree: TokenTree, mass: Tensor, normalization: str, weights: Tensor | None) -> Tensor:
+    """(N,) float64 factors of the numerators of trajectories whose denominators are `mass` (N,)."""
     share = _shares(name, tree, weights)
-    if normalization != "group":
-        return share / max(1, len(share))
-    group = tree.group[tree.leaf].long()
-    size = torch.bincount(group, minlength=tree.num_groups)
-    return share / size[group] / (size > 0).sum()
+    if normalization == "trajectory":
+        return share * (mass > 0) / _nonzero(mass) / (mass > 0).sum().clamp(min=1)
+    if normalization == "batch":
+        return share / _nonzero(mass.sum())
+    per_group = group_sum(mass, tree)
+    scale = (per_group > 0) / _nonzero(per_group) / (per_group > 0).sum().clamp(min=1)
+    return share * scale[tree.group[tree.leaf].long()]
+
+
+def log_q(log_probs: LogProbs, tree: TokenTree) -> Tensor:
+    """(N,) log q(x) of every trajectory, the stop included, float64."""
+    return (tree_cumsum(log_probs.log_pf.double(), tree.parent) + log_probs.log_pterm)[tree.leaf]
 
 
 @torch.no_grad()
 def log_ratio(log_probs: LogProbs, tree: TokenTree, log_reward: Tensor) -> Tensor:
-    """(N,) log R(x) - log q(x) of every trajectory: log Z(X) at the solution."""
-    return -log_excess(log_probs, tree, log_reward)
+    """(N,) float64 log R(x) - log q(x) of every trajectory: log Z(X) at the solution."""
+    return log_reward[tree.leaf] - log_q(log_probs, tree)
 
 
-def log_excess(log_probs: LogProbs, tree: TokenTree, log_reward: Tensor) -> Tensor:
-    """(N,) log q(x) - log R(x) of every trajectory, float64: a difference of large numbers."""
-    log_q = tree_cumsum(log_probs.log_pf.double(), tree.parent) + log_probs.log_pterm
-    return (log_q - log_reward)[tree.leaf]
+def group_sum(values: Tensor, tree: TokenTree) -> Tensor:
+    """(G,) sum of values (N,) over each prompt's trajectories."""
+    zeros = torch.zeros(tree.num_groups, dtype=values.dtype, device=values.device)
+    return zeros.index_add(0, tree.group[tree.leaf].long(), values)
 
 
 def group_mean(values: Tensor, tree: TokenTree) -> Tensor:
     """(G,) mean of values (N,) over each prompt's trajectories, 0 without any."""
-    group = tree.group[tree.leaf].long()
-    sums = torch.zeros(tree.num_groups, dtype=values.dtype, device=values.device).index_add(0, group, values)
-    return sums / torch.bincount(group, minlength=tree.num_groups).clamp(min=1)
-
-
-def check_options(name: str, subtb_lambda: float, normalization: str) -> None:
-    checks.check(
-        0.0 <= subtb_lambda <= 1.0, name, "subtb_lambda", "in [0, 1]", subtb_lambda, "1.0 is the paper's"
-    )
-    check_normalization(name, normalization)
+    size = torch.bincount(tree.group[tree.leaf].long(), minlength=tree.num_groups)
+    return group_sum(values, tree) / size.clamp(min=1)
 
 
 def check_normalization(name: str, normalization: str) -> None:
-    checks.check(
-        normalization in NORMALIZATIONS,
-        name,
-        "normalization",
-        f"one of {NORMALIZATIONS}",
-        normalization,
-        "use 'group'",
-    )
+    ok, want = normalization in NORMALIZATIONS, f"one of {NORMALIZATIONS}"
+    checks.check(ok, name, "normalization", want, normalization, "use 'group'")
 
 
-def check_inputs(
-    name: str, tree: TokenTree, log_reward: Tensor, coefficients: Tensor, weights: Tensor | None
-) -> None:
-    fix = "pass them to the function that made the coefficients"
-    checks.check(weights is None, name, "weights", "None beside coefficients", "a tensor", fix)
-    want = tuple(tree.leaf.shape)
-    checks.check_shape(name, "coefficients", coefficients, want, "pass one per trajectory")
-    want = (tree.num_nodes,)
-    checks.check_shape(name, "log_reward", log_reward, want, "pass the result of log_reward(tree)")
+def check_inputs(name: str, tree: TokenTree, pooling: Pooling, residual: Residual, **nodes: Tensor) -> None:
+    """nodes: values of the tree's nodes, by name."""
+    if pooling.coefficients is not None:
+        fix = "pass them to the function that made the coefficients"
+        ok = pooling.weights is None
+        checks.check(ok, name, "weights", "None beside coefficients", "a tensor", fix)
+        want = tuple(tree.leaf.shape)
+        checks.check_shape(name, "coefficients", pooling.coefficients, want, "pass one per trajectory")
+    ok, want = residual.loss in ops.LOSSES, f"one of {ops.LOSSES}"
+    checks.check(ok, name, "residual_loss", want, repr(residual.loss), "use 'squared'")
+    if residual.limit is not None:
+        ok, fix = residual.loss == "clamped", "it goes with residual_loss='clamped'"
+        checks.check(ok, name, "residual_limit", "None", residual.limit, fix)
+        checks.check(residual.limit > 0, name, "residual_limit", "> 0", residual.limit, "raise it")
+    for arg, value in nodes.items():
+        checks.check_shape(name, arg, value, (tree.num_nodes,), f"pass the result of {arg}(tree)")
 
 
-def check_log_z(name: str, tree: TokenTree, log_z: Tensor) -> None:
+def known_log_z(name: str, tree: TokenTree, log_z: Tensor | None, estimate: Tensor) -> Tensor:
+    """(G,) log_z, or the estimate where it is None; () stands for every prompt."""
+    if log_z is None:
+        return estimate
+    log_z = log_z.expand(tree.num_groups) if log_z.dim() == 0 else log_z
     checks.check_shape(name, "log_z", log_z, (tree.num_groups,), "one value per prompt")
+    return log_z
 
 
 def _shares(name: str, tree: TokenTree, weights: Tensor | None) -> Tensor:
     """(N,) float64 weights of the trajectories, 1 without any."""
     num = tree.leaf.shape[0]
     ones = torch.ones(num, dtype=torch.float64, device=tree.leaf.device)
-    share = ones if weights is None else weights.double()
+    share = ones if weights is None else weights.detach().to(ones)
     checks.check_shape(name, "weights", share, (num,), "one weight per trajectory")
     return share
-
-
-def window_ends(tree: TokenTree) -> Tensor:
-    """(T,) bool: the states that windows begin and end at."""
-    return tree.terminable | tree.is_root_state if has_anchor(tree) else tree.terminable
-
-
-def through(tree: TokenTree, share: Tensor) -> Tensor:
-    """(T,) sum of `share` (N,) over the trajectories that pass through each node."""
-    at_leaf = torch.zeros(tree.num_nodes, dtype=share.dtype, device=share.device)
-    return subtree_sum(at_leaf.index_add(0, tree.leaf, share), tree.parent)
 
 
 def _nonzero(total: Tensor) -> Tensor:

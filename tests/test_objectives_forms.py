@@ -1,0 +1,113 @@
+"""Every objective on the tree against its padded form: values and gradients."""
+
+import pytest
+import torch
+from objective_cases import GROUP, make_tree, padded_loss, random_values, tool_tree, tree_loss
+
+from fastgfn.config import OBJECTIVES, RESIDUAL_LOSSES, TrainConfig
+from fastgfn.objectives import REGISTRY
+from fastgfn.ops.residual import LOSSES
+from fastgfn.types import Role
+
+# of each objective, the options that are not its defaults, under one name in both forms
+OPTIONS = {
+    "modified_subtb": dict(subtb_lambda=0.7),
+    "subtb": dict(subtb_lambda=0.7),
+    "rtb": dict(beta=1.7),
+    "length_normalized_tb": dict(beta=1.7),
+    "rooted_prefix_tb": dict(prefix_weight=0.6, k_min=1, gamma=0.9, missing_reward=0.4, tolerance=0.5),
+    "interpolated_subtb": dict(segment=2, subtb_lambda=0.7),
+}
+TREES = {
+    "free": make_tree,
+    "anchor": lambda: make_tree(min_length=1),
+    "own": lambda: make_tree(min_length=1, termination="own"),
+}
+
+
+def _both(
+    name, tree, *, residual="squared", limit=None, normalization="group", weights=None, known=True, **more
+):
+    """(value, gradients in log_pf, log_pterm, log_flow and log_z) of the tree form and of the padded one."""
+    options = OPTIONS.get(name, {}) | more
+    group_ids = None
+    has_log_z = known and name != "vargrad"
+    if normalization == "group" or not has_log_z and name not in ("subtb", "db"):
+        group_ids = tree.group[tree.leaf].long()
+    found = []
+    for form in ("tree", "padded"):
+        log_probs, log_reward, log_z, prior = random_values(tree)
+        args = name, tree, log_probs, log_reward, log_z if has_log_z else None, prior
+        if form == "tree":
+            chosen = dict(residual_loss=residual, residual_limit=limit, normalization=normalization)
+            loss = tree_loss(*args, weights=weights, **chosen, **options).loss
+        else:
+            chosen = dict(loss=residual, residual_limit=limit, normalization=normalization)
+            loss = padded_loss(*args, weights=weights, group_ids=group_ids, **chosen, **options)
+        leaves = log_probs.log_pf, log_probs.log_pterm, log_probs.log_flow, log_z
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
+        # the tree's sums over paths go through the prompts, too
+        grads[0] = grads[0] * (tree.role != Role.PROMPT)
+        found.append((loss.detach(), *grads))
+    return found
+
+
+def _assert_equal(rows):
+    for got, want in zip(*rows, strict=True):
+        error, bound = float((got - want).abs().max()), 1e-10 * max(1.0, float(want.abs().max()))
+        assert error <= bound
+    assert float(rows[1][0]) > 1e-3 and float(rows[1][1].abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("where", TREES)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_tree_and_padded_forms_are_equal(name, where):
+    tree = TREES[where]()
+    weights = torch.linspace(0.2, 2.0, len(GROUP)).double()
+    for normalization in ("group", "batch", "trajectory"):
+        _assert_equal(_both(name, tree, normalization=normalization))
+        _assert_equal(_both(name, tree, normalization=normalization, weights=weights))
+    if name != "tb":
+        _assert_equal(_both(name, tree, known=False))
+
+
+@pytest.mark.parametrize("residual", LOSSES)
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_residual_loss(name, residual):
+    tree = make_tree(min_length=1)
+    _assert_equal(_both(name, tree, residual=residual, limit=0.7 if residual == "clamped" else None))
+
+
+def test_tokens_of_a_tool_are_no_states():
+    """In the padded form, states that may not stop; the objectives with flows have no form for them there."""
+    for name in ("modified_subtb", "modified_db", "interpolated_subtb", "rooted_prefix_tb"):
+        for residual in ("squared", "huber"):
+            _assert_equal(_both(name, tool_tree(), residual=residual))
+
+
+def test_the_second_mask_convention():
+    for residual in ("squared", "huber"):
+        for normalization in ("group", "batch", "trajectory"):
+            for where in TREES.values():
+                options = dict(include_sink=True, residual=residual, normalization=normalization)
+                _assert_equal(_both("modified_subtb", where(), **options))
+    plain, sink = (_both("modified_subtb", make_tree(), include_sink=x)[0][0] for x in (False, True))
+    assert abs(float(plain - sink)) > 1e-2
+
+
+def test_lambda_0_is_detailed_balance():
+    tree = make_tree()
+    for name, other in (("modified_subtb", "modified_db"), ("subtb", "db")):
+        zero, one = (_both(x, tree, **o)[0] for x, o in ((name, {"subtb_lambda": 0.0}), (other, {})))
+        assert all(torch.equal(a, b) for a, b in zip(zero, one, strict=True))
+
+
+def test_the_settings_know_every_objective_and_residual_loss():
+    assert tuple(OBJECTIVES) == tuple(REGISTRY) and RESIDUAL_LOSSES == LOSSES
+    for name in OBJECTIVES:
+        log_z = {"tb": "scalar", "subtb": "head", "db": "head"}.get(name, "estimate")
+        config = TrainConfig(objective=name, log_z=log_z)
+        log_probs, log_reward, values, prior = random_values(make_tree())
+        args = name, make_tree(), log_probs, log_reward, values, prior
+        assert bool(tree_loss(*args, **config.objective_options).loss.isfinite())
