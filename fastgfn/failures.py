@@ -1,10 +1,12 @@
 """What stops a run: a loss, reward or gradient that is nan or inf, with the trajectories behind it.
 
-`Trainer.step` raises `checks.NonFiniteError` and stays as it was before; `Trainer.fit` writes FILE besides.
+`Trainer.step` raises `checks.NonFiniteError` and stays as it was before (`undone`); `Trainer.fit` writes FILE
+besides.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +26,27 @@ FILE = "failed_step.json"
 MOST = 100
 # Where all of them are finite, so many of the largest residuals are.
 WORST = 8
+Step = Callable[..., dict[str, float]]
 FIX = "lower learning_rate, set max_grad_norm or clamp the reward; the weights are unchanged"
+
+
+def undone(step: Step) -> Step:
+    """`step` of a Trainer; if it raises, counters and buffer are as before and there are no gradients."""
+
+    @functools.wraps(step)
+    def tried(trainer) -> dict[str, float]:
+        counters = {name: getattr(trainer, name) for name in ("trajectories", "tokens", "merges")}
+        entries = trainer.buffer.snapshot()
+        try:
+            return step(trainer)
+        except BaseException:
+            for name, value in counters.items():
+                setattr(trainer, name, value)
+            trainer.buffer.restore(entries)
+            trainer.optimizer.zero_grad()
+            raise
+
+    return tried
 
 
 @contextlib.contextmanager

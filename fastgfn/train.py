@@ -6,7 +6,6 @@ fastgfn.behavior holds the first, fastgfn.passes the three in the middle, for a 
 fastgfn.durable what of a run outlives the process.
 """
 
-import functools
 import os
 import time
 import warnings
@@ -15,43 +14,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fastgfn import checks, durable, failures
-from fastgfn.behavior import Explorer
+from fastgfn.behavior import Explorer, drift
 from fastgfn.config import TrainConfig
 from fastgfn.log_z import LearnedLogZ
 from fastgfn.models import Policy
 from fastgfn.objectives import REGISTRY
-from fastgfn.ops.tree import path_nodes
 from fastgfn.packing import pack
 from fastgfn.passes import Pass, add_gradients, estimate_log_z
 from fastgfn.phases import phase
 from fastgfn.rewards import ProductReward, Reward
 from fastgfn.rollout import check_prompts
-from fastgfn.types import Constraints, Grammar, Rollouts, TokenTree, as_int64
+from fastgfn.types import Constraints, Grammar, Rollouts, as_int64
 
 # Nats per token by which the sampler's log q may differ from the score's before merging is given up.
 MOST_DRIFT = 0.1
-
-
-def _undone_on_failure(step: Callable[["Trainer"], dict[str, float]]) -> Callable:
-    """`step`, after which counters and buffer are as before if it raised."""
-
-    @functools.wraps(step)
-    def tried(trainer: "Trainer") -> dict[str, float]:
-        counters = {name: getattr(trainer, name) for name in ("trajectories", "tokens", "merges")}
-        entries = trainer.buffer.snapshot()
-        try:
-            return step(trainer)
-        except BaseException:
-            for name, value in counters.items():
-                setattr(trainer, name, value)
-            trainer.buffer.restore(entries)
-            trainer.optimizer.zero_grad()
-            raise
-
-    return tried
 
 
 class Trainer:
@@ -117,12 +95,7 @@ class Trainer:
         self.config = config
         self.grammar = grammar
         self.log_z = LearnedLogZ(config.log_z, policy, len(prompts), seed=config.seed)
-        groups = [dict(params=parameters, share=1.0)]
-        if learned := [p for _, p in self.log_z.parameters()]:
-            groups.append(dict(params=learned, share=config.log_z_learning_rate / config.learning_rate))
-        self.optimizer = torch.optim.Adam(
-            groups, lr=config.learning_rate, betas=config.adam_betas, fused=True
-        )
+        self.optimizer = _optimizer(parameters, self.log_z, config)
         self.explorer = Explorer(
             policy,
             prompts=prompts,
@@ -142,7 +115,7 @@ class Trainer:
         self.merges = True  # whether sequences are drawn with merged weights
         self.run_folder: str | None = None  # whose checkpoints are this run's
 
-    @_undone_on_failure
+    @failures.undone
     def step(self) -> dict[str, float]:
         """One optimiser step over `accumulation` micro-batches; returns metrics of the batch.
 
@@ -186,7 +159,7 @@ class Trainer:
             result = add_gradients(
                 tree,
                 log_z=self.log_z.of(
-                    self.explorer.places(step, micro), partial(estimate_log_z, tree, **options)
+                    self.explorer.indices(step, micro), partial(estimate_log_z, tree, **options)
                 ),
                 normalization=config.normalization,
                 log_behavior=drawn.rollouts.log_behavior,
@@ -298,15 +271,11 @@ class Trainer:
         return float(norm)
 
 
-def drift(rollouts: Rollouts, tree: TokenTree, log_pf: Tensor) -> float:
-    """Mean |log q of the sampler - log q of the score| over the actions of the rollouts, the tree's first
-    trajectories; below min_length under "own" the two are not the same density and left out."""
-    num, limits = rollouts.num_trajectories, rollouts.constraints
-    nodes = path_nodes(tree.parent.cpu(), tree.leaf[:num].cpu(), rollouts.lengths, limits.max_length)
-    counted = rollouts.action_mask().clone()
-    if limits.termination == "own":
-        counted[:, : limits.min_length] = False
-    if not num:
-        return 0.0
-    gap = log_pf.cpu()[nodes.clamp(min=0)] - rollouts.log_pf
-    return float(gap[counted].abs().mean()) if bool(counted.any()) else 0.0
+def _optimizer(
+    parameters: list[torch.nn.Parameter], log_z: LearnedLogZ, config: TrainConfig
+) -> torch.optim.Adam:
+    """Adam; the `share` of a group is its learning rate over the policy's."""
+    groups = [dict(params=parameters, share=1.0)]
+    if learned := [p for _, p in log_z.parameters()]:
+        groups.append(dict(params=learned, share=config.log_z_learning_rate / config.learning_rate))
+    return torch.optim.Adam(groups, lr=config.learning_rate, betas=config.adam_betas, fused=True)

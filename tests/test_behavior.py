@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastgfn.behavior import Origin
-from fastgfn.checks import InputError
+from fastgfn.checks import InputError, InputTypeError
 from fastgfn.config import TrainConfig
 from fastgfn.evaluate import divergence, sequence_log_probs
 from fastgfn.functional.importance import importance_weights
@@ -71,7 +71,9 @@ def _drawn(trainer, step=1, micro=0):
         dict(local_search_samples=(4, 4), replay_samples=6),
         dict(local_search_samples=(6, 0), local_search_from="buffer", local_search_accept="always",
              local_search_horizon=60, replay_samples=4, demonstrations=[(0, z) for z in SPACE[5:]]),
-        EVERYTHING | dict(num_samples=16, demonstrations=[(0, z) for z in SPACE], seed_prompts=[[3]]),
+        EVERYTHING | dict(num_samples=24, local_search_rounds=1, importance_clip=(0.5, 2.0),
+             demonstration_samples=(4, 4), demonstrations=[(0, z) for z in SPACE], seed_prompts=[[3]],
+             max_grad_norm=5.0),
     ],
     ids=["tempered, weighted", "epsilon", "75 % replay", "better", "always, from the buffer", "everything"],
 )  # fmt: skip
@@ -275,6 +277,7 @@ def test_importance_weights_multiply_the_loss_of_their_trajectories(tiny_policy,
         (dict(demonstration_samples=(2, 0)), r"demonstration_samples must be \(0, 0\) without demonstr"),
         (dict(demonstrations=[(2, [1])]), r"the prompt of demonstrations\[0\] must be an index in \[0, 1\)"),
         (dict(demonstrations=[(0, [1]), (0, [13])]), r"demonstrations\[1\] must be of ids in \[0, 13\), got"),
+        (dict(demonstrations=[(0, [1.5])]), r"demonstrations\[0\] must be token ids, got \[1.5\]; encode"),
         (dict(demonstrations=[(0, [1, 0])]), r"must be without the termination tokens \[0\], got \[1, 0"),
         (dict(demonstrations=[(0, [1, 2, 3])]), r"must be of 0 to 2 tokens, got \[1, 2, 3\]; shorten"),
         (dict(demonstrations=[(0, [7])]), r"must be without the masked tokens \[7\], got \[7\]"),
@@ -291,7 +294,7 @@ def test_refuses_what_does_not_fit_the_run(tiny_policy, given, message):
     constraints = Constraints(0, max_length=2, logit_bias=bias)
     has_use = "none where" not in message and "demonstration_samples" not in given
     options = given | (dict(replay_samples=2) if has_use else {})
-    with pytest.raises(InputError, match=message):
+    with pytest.raises((InputError, InputTypeError), match=message):
         _trainer(tiny_policy(), constraints=constraints, **options)
     if "seed_prompts" in given:
         with pytest.raises(InputError, match="seed_prompts must be None without replay"):

@@ -114,6 +114,9 @@ def test_diverging_training_is_one_line(model, tmp_path, inline):
     options = ("--set", "learning_rate=1e30", "--set", "warmup_steps=0")
     code, stderr = inline("train", "rng", "--model", model, "--output", "run", *FAST, *options)
     assert code == 2 and "lower learning_rate" in stderr and stderr.count("\n") == 1, stderr
+    failed = json.loads((tmp_path / "run" / "failed_step.json").read_text())
+    assert failed["step"] >= 1 and str(failed["error"]) in stderr and "failed_step.json" in stderr
+    assert (tmp_path / "run" / "checkpoints" / "step-00000000" / "state.json").exists()
 
 
 def test_damaged_adapters_are_one_line(model, tmp_path, inline):

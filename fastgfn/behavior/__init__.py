@@ -4,9 +4,10 @@ explorer.py      `Explorer`: the prompts of a step, what is drawn, replayed and 
 local_search.py  destroyed and regrown suffixes
 given.py         demonstrations and label-revealing prompts
 sampler.py       `sample` with the settings of the run
-rows.py          rollouts joined, chosen and made of given sequences, and their rewards
+rows.py          rollouts joined, chosen and made of given sequences, their rewards, `drift`
 """
 
 from fastgfn.behavior.explorer import Drawn, Explorer, Origin
+from fastgfn.behavior.rows import drift
 
-__all__ = ["Drawn", "Explorer", "Origin"]
+__all__ = ["Drawn", "Explorer", "Origin", "drift"]

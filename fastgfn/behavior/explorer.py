@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from functools import partial
 
 import numpy as np
 import torch
@@ -28,9 +27,8 @@ from fastgfn.rewards import ProductReward, Reward
 from fastgfn.rollout import SamplingOptions
 from fastgfn.types import Constraints, Grammar, Rollouts
 
-# Random choices that have a generator each.
-_TEMPERATURES, _REPLAY, _PROMPTS, _SEARCH, _DEMONSTRATIONS = range(5)
-FromBuffer = Callable[[Rollouts, int, np.random.Generator], Rollouts | None]
+# Random choices that have a generator each; stream 3 is the target temperature of a step.
+_TEMPERATURES, _REPLAY, _PROMPTS, _SEARCH, _DEMONSTRATIONS = 0, 1, 2, 4, 5
 
 
 class Origin(IntEnum):
@@ -57,6 +55,17 @@ class Drawn:
     fresh: Rollouts
     num_trajectories: int
     num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """The micro-batch that is drawn, and the reward of its step."""
+
+    step: int
+    micro: int
+    sampler: Sampler
+    reward: Reward
+    reward_temperature: float
 
 
 class Explorer:
@@ -130,26 +139,16 @@ class Explorer:
         Raises:
             InputError: as `sample`; a prompt without any trajectory, as nothing is drawn or in the buffer.
         """
-        sampler = Sampler(self.policy, self.config, self.grammar, first_trajectory, merge)
-        from_buffer = partial(
-            self.buffer.sample,
-            temperature=reward_temperature,
-            temperatures=reward.temperatures if isinstance(reward, ProductReward) else None,
-            version=step,
-        )
-        places = self.places(step, micro)
-        fresh = self._fresh([self._prompts[i] for i in places], sampler, step, micro)
-        judge = Judge(self.policy, reward, self.grammar, self.config.max_tokens)
-        found = self._searched(
-            fresh, sampler, judge, reward_temperature, from_buffer, self._rng(_SEARCH, step, micro), step
-        )
+        now = _Now(step, micro, self._sampler(first_trajectory, merge), reward, reward_temperature)
+        indices = self.indices(step, micro)
+        fresh = self._fresh([self._prompts[i] for i in indices], now)
         parts = [(Origin.DRAWN, fresh)]
-        parts += [(Origin.LOCAL_SEARCH, part) for part in found]
-        parts += [(Origin.REPLAYED, part) for part in self._replayed(fresh, from_buffer, step, micro)]
-        parts += [(Origin.DEMONSTRATION, part) for part in self._shown(places, step, micro)]
+        parts += [(Origin.LOCAL_SEARCH, part) for part in self._searched(fresh, now)]
+        parts += [(Origin.REPLAYED, part) for part in self._replayed(fresh, now)]
+        parts += [(Origin.DEMONSTRATION, part) for part in self._shown(indices, now)]
         rollouts, origin = _together(parts)
         self._check_some(rollouts)
-        return Drawn(rollouts, origin, fresh, sampler.num_trajectories, sampler.num_tokens)
+        return Drawn(rollouts, origin, fresh, now.sampler.num_trajectories, now.sampler.num_tokens)
 
     def remember(self, drawn: Drawn, log_factors: Tensor, step: int) -> None:
         """Store what is new in the batch of optimiser step `step` with the (N, K) un-tempered factors of R of
@@ -165,7 +164,7 @@ class Explorer:
         Raises:
             InputError: as `sample` and `log_reward`; a drawn sequence that the grammar rules out.
         """
-        sampler = Sampler(self.policy, self.config, self.grammar, first_trajectory, merge)
+        sampler = self._sampler(first_trajectory, merge)
         if not self.config.uses_buffer:
             return 0, 0
         found = [[list(z) for z in given] for given in self._demonstrations]
@@ -182,7 +181,7 @@ class Explorer:
                     what = f"a sequence of seed_prompts[{seeded[g]}]"
                     check_sequence(what, z, self.constraints, self.policy.vocab_size, self.grammar)
                     found[seeded[g]].append(z)
-        judge = Judge(self.policy, reward, self.grammar, self.config.max_tokens)
+        judge = self._judge(reward)
         for prompt, sequences in zip(self._prompts, found, strict=True):
             if sequences:
                 given = self._of_sequences([prompt], [0] * len(sequences), sequences)
@@ -191,7 +190,16 @@ class Explorer:
 
     def prompts(self, step: int, micro: int) -> list[list[int]]:
         """The next prompts of a stream that visits every prompt once per epoch, in a new order each time."""
-        return [self._prompts[i] for i in self.places(step, micro)]
+        return [self._prompts[i] for i in self.indices(step, micro)]
+
+    def indices(self, step: int, micro: int) -> list[int]:
+        """Their places among the prompts of the run."""
+        first = (step * self.config.accumulation + micro) * self.config.prompts_per_step
+        num, found = len(self._prompts), []
+        for index in range(first, first + self.config.prompts_per_step):
+            epoch, place = divmod(index, num)
+            found.append(int(self._rng(_PROMPTS, epoch).permutation(num)[place]))
+        return found
 
     @property
     def given_hash(self) -> str | None:
@@ -204,18 +212,15 @@ class Explorer:
         text = json.dumps([self._demonstrations, self._seed_prompts, cut])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def places(self, step: int, micro: int) -> list[int]:
-        """Where the prompts of a micro-batch are among those of the run; see `prompts`."""
-        first = (step * self.config.accumulation + micro) * self.config.prompts_per_step
-        num, found = len(self._prompts), []
-        for index in range(first, first + self.config.prompts_per_step):
-            epoch, place = divmod(index, num)
-            found.append(int(self._rng(_PROMPTS, epoch).permutation(num)[place]))
-        return found
+    def _sampler(self, first_trajectory: int, merge: bool) -> Sampler:
+        return Sampler(self.policy, self.config, self.grammar, first_trajectory, merge)
 
     def _rng(self, stream: int, *index: int) -> np.random.Generator:
         """A generator of its own for every (stream, step, micro-batch), so there is no state to save."""
         return np.random.default_rng([self.config.seed, stream, *index])
+
+    def _judge(self, reward: Reward, *, needs_log_q: bool = False) -> Judge:
+        return Judge(self.policy, reward, self.grammar, self.config.max_tokens, needs_log_q)
 
     def _of_sequences(
         self, prompts: Sequence[Sequence[int]], group: Sequence[int], sequences: Sequence[Sequence[int]]
@@ -223,21 +228,21 @@ class Explorer:
         has_grammar = self.grammar is not None
         return of_sequences(prompts, group, sequences, self.constraints, has_grammar=has_grammar)
 
-    def _fresh(self, prompts: list[list[int]], sampler: Sampler, step: int, micro: int) -> Rollouts:
+    def _fresh(self, prompts: list[list[int]], now: _Now) -> Rollouts:
         """Draws, the last `epsilon_share` of each prompt's with uniform tokens among them."""
         config, num = self.config, self.config.num_samples
         if not num:
             return self._of_sequences(prompts, [], [])
-        temperature, epsilon = self._temperatures(step, micro), config.epsilon_at(step)
+        temperature, epsilon = self._temperatures(now.step, now.micro), config.epsilon_at(now.step)
         plain = num - (round(config.epsilon_share * num) if epsilon else 0)
-        parts = []
-        if plain:
-            parts.append(
-                sampler(prompts, plain, self.constraints, temperature=temperature[:, :plain].flatten())
-            )
-        if plain < num:
-            options, rest = SamplingOptions(epsilon=epsilon), temperature[:, plain:].flatten()
-            parts.append(sampler(prompts, num - plain, self.constraints, temperature=rest, options=options))
+        options, parts = SamplingOptions(epsilon=epsilon), []
+        for rows, option in ((slice(plain), None), (slice(plain, num), options)):
+            own = temperature[:, rows]
+            if own.numel():
+                drawn = now.sampler(
+                    prompts, own.shape[1], self.constraints, temperature=own.flatten(), options=option
+                )
+                parts.append(drawn)
         return parts[0] if len(parts) == 1 else joined(*parts)
 
     def _temperatures(self, step: int, micro: int) -> Tensor:
@@ -250,29 +255,21 @@ class Explorer:
         values[:, tempered:] = 1.0
         return values
 
-    def _searched(
-        self,
-        fresh: Rollouts,
-        sampler: Sampler,
-        judge: Judge,
-        reward_temperature: float,
-        from_buffer: FromBuffer,
-        rng: np.random.Generator,
-        step: int,
-    ) -> list[Rollouts]:
+    def _searched(self, fresh: Rollouts, now: _Now) -> list[Rollouts]:
         """What local search accepts."""
-        config, num = self.config, self.config.local_search_samples_at(step)
+        config, num = self.config, self.config.local_search_samples_at(now.step)
         if not num:
             return []
+        rng = self._rng(_SEARCH, now.step, now.micro)
         accept = config.local_search_accept
-        judge = replace(judge, needs_log_q=accept == "metropolis")
-        start = self._starts(fresh, num, judge, from_buffer, rng)
+        judge = self._judge(now.reward, needs_log_q=accept == "metropolis")
+        start = self._starts(fresh, num, judge, rng, now)
         if start is None:
             return []
 
         def grow(rollouts: Rollouts, prefixes: list[list[int]]) -> Rollouts:
             prompts = [rollouts.prompts[g] for g in rollouts.group.tolist()]
-            grown = sampler(prompts, 1, self.constraints, options=SamplingOptions(prefixes=prefixes))
+            grown = now.sampler(prompts, 1, self.constraints, options=SamplingOptions(prefixes=prefixes))
             unknown = torch.full_like(grown.log_behavior, torch.nan)
             return replace(grown, prompts=rollouts.prompts, group=rollouts.group, log_behavior=unknown)
 
@@ -282,17 +279,17 @@ class Explorer:
             judge=None if accept == "always" else judge,
             rounds=config.local_search_rounds,
             accept=accept,
-            reward_temperature=reward_temperature,
+            reward_temperature=now.reward_temperature,
             rng=rng,
         )
 
     def _starts(
-        self, fresh: Rollouts, num: int, judge: Judge, from_buffer: FromBuffer, rng: np.random.Generator
+        self, fresh: Rollouts, num: int, judge: Judge, rng: np.random.Generator, now: _Now
     ) -> search.Points | None:
         """Where searches begin; None where nothing is stored yet."""
         source, pool = self.config.local_search_from, fresh
         if source == "buffer":
-            pool = from_buffer(fresh, num, rng)
+            pool = self._stored(fresh, num, rng, now)
         elif source == "random":
             pool = chosen(fresh, search.random_rows(fresh, num, rng))
         if pool is None:
@@ -306,25 +303,31 @@ class Explorer:
         rows = search.best_rows(pool, log_reward, num)
         return search.Points(chosen(pool, rows), log_reward[rows], log_q[rows])
 
-    def _replayed(self, fresh: Rollouts, from_buffer: FromBuffer, step: int, micro: int) -> list[Rollouts]:
-        num = self.config.replay_samples_at(step)
-        found = from_buffer(fresh, num, self._rng(_REPLAY, step, micro)) if num else None
+    def _replayed(self, fresh: Rollouts, now: _Now) -> list[Rollouts]:
+        num = self.config.replay_samples_at(now.step)
+        found = self._stored(fresh, num, self._rng(_REPLAY, now.step, now.micro), now) if num else None
         return [] if found is None else [found]
 
-    def _shown(self, places: list[int], step: int, micro: int) -> list[Rollouts]:
+    def _stored(self, fresh: Rollouts, num: int, rng: np.random.Generator, now: _Now) -> Rollouts | None:
+        """Of every prompt up to `num` entries of the buffer, None where it has none."""
+        own = now.reward.temperatures if isinstance(now.reward, ProductReward) else None
+        tempered = dict(temperature=now.reward_temperature, temperatures=own)
+        return self.buffer.sample(fresh, num, rng, version=now.step, **tempered)
+
+    def _shown(self, indices: list[int], now: _Now) -> list[Rollouts]:
         """Demonstrations of the prompts."""
-        num = self.config.demonstration_samples_at(step)
+        num = self.config.demonstration_samples_at(now.step)
         if not num:
             return []
-        rng, group, sequences = self._rng(_DEMONSTRATIONS, step, micro), [], []
-        for g, i in enumerate(places):
+        rng, group, sequences = self._rng(_DEMONSTRATIONS, now.step, now.micro), [], []
+        for g, i in enumerate(indices):
             given = self._demonstrations[i]
             rows = np.sort(rng.permutation(len(given))[:num]).tolist()
             group += [g] * len(rows)
             sequences += [given[k] for k in rows]
         if not sequences:
             return []
-        return [self._of_sequences([self._prompts[i] for i in places], group, sequences)]
+        return [self._of_sequences([self._prompts[i] for i in indices], group, sequences)]
 
     def _check_some(self, rollouts: Rollouts) -> None:
         """That there is something to train on for every prompt."""

@@ -1,5 +1,6 @@
 """Sequences that are given before training: demonstrations, and what label-revealing prompts yield."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ def check_sequence(
     def need(ok: bool, want: str) -> None:
         checks.check(ok, "Trainer", what, want, list(z), fix)
 
-    need(all(type(t) is int and 0 <= t < vocab for t in z), f"of ids in [0, {vocab})")
+    need(all(0 <= t < vocab for t in z), f"of ids in [0, {vocab})")
     need(not set(z) & set(stops), f"without the termination tokens {list(stops)}")
     low, high = constraints.min_length, constraints.max_length
     need(low <= len(z) <= high, f"of {low} to {high} tokens")
@@ -66,11 +67,19 @@ def check_demonstrations(
         known = type(prompt) is int and 0 <= prompt < num_prompts
         want, fix = f"an index in [0, {num_prompts})", "count the prompts from 0"
         checks.check(known, "Trainer", f"the prompt of demonstrations[{i}]", want, repr(prompt), fix)
-        z = z.tolist() if hasattr(z, "tolist") else list(z)
+        z = _token_ids(f"demonstrations[{i}]", z)
         check_sequence(f"demonstrations[{i}]", z, constraints, vocab, grammar)
         if z not in found[prompt]:
             found[prompt].append(z)
     return found
+
+
+def _token_ids(what: str, z) -> list[int]:
+    try:
+        return [operator.index(t) for t in (z.tolist() if hasattr(z, "tolist") else z)]
+    except TypeError:
+        fix = "encode the text"
+        checks.fail("Trainer", what, "token ids", repr(z)[:80], fix, kind=checks.InputTypeError)
 
 
 def check_seed_prompts(

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from fastgfn.models import Policy
+from fastgfn.ops.tree import path_nodes
 from fastgfn.packing import pack, split_tree
 from fastgfn.passes import score_and_reward, trajectory_log_q
 from fastgfn.rewards import Reward, log_factors, log_reward
-from fastgfn.types import Constraints, Grammar, Rollouts, as_int64
+from fastgfn.types import Constraints, Grammar, Rollouts, TokenTree, as_int64
 
 PER_ROW = ("group", "tokens", "lengths", "log_behavior", "log_pf", "log_pterm", "terminated", "is_action")
 
@@ -90,3 +91,17 @@ class Judge:
             values.append(log_factors(part.tree, value, reward=self.reward)[part.tree.leaf])
         rows = torch.cat([part.trajectories for part in parts]).argsort()
         return torch.cat(values)[rows].double().cpu()
+
+
+def drift(rollouts: Rollouts, tree: TokenTree, log_pf: Tensor) -> float:
+    """Mean |log q of the sampler - log q of the score| over the actions of the rollouts, the tree's first
+    trajectories; below min_length under "own" the two are not the same density and left out."""
+    num, limits = rollouts.num_trajectories, rollouts.constraints
+    nodes = path_nodes(tree.parent.cpu(), tree.leaf[:num].cpu(), rollouts.lengths, limits.max_length)
+    counted = rollouts.action_mask().clone()
+    if limits.termination == "own":
+        counted[:, : limits.min_length] = False
+    if not num:
+        return 0.0
+    gap = log_pf.cpu()[nodes.clamp(min=0)] - rollouts.log_pf
+    return float(gap[counted].abs().mean()) if bool(counted.any()) else 0.0

@@ -9,7 +9,7 @@ from fastgfn.config.settings import between
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(Objective):
-    """Settings of `Trainer`: of its behaviour, its objective and its optimiser; every field has a unit or range."""
+    """Settings of `Trainer`: behaviour, objective and optimiser; every field has a unit or a range."""
 
     steps: int = 100
     """Optimiser steps."""
