@@ -66,7 +66,9 @@ def test_a_reward_that_fails_at_a_step_stops_the_run(tiny_policy, tmp_path, bad)
         if step == 3:
             states.append(_state(trainer))
             reward, first = trainer.reward, trainer.trajectories
+            kept = trainer.buffer.snapshot()
             drawn = trainer.explorer.draw(3, 0, reward=reward, first_trajectory=first).fresh
+            trainer.buffer.restore(kept)
             turned.append(next(z[0] for z in drawn.sequences() if z))
 
     prepare_run_folder(tmp_path)
