@@ -21,6 +21,7 @@ setup(
         "fastgfn.functional",
         "fastgfn.models",
         "fastgfn.replay",
+        "fastgfn.objectives",
         "fastgfn.rollout",
         "fastgfn.evaluate",
         "fastgfn.tasks",

@@ -1,13 +1,24 @@
 """GFlowNet fine-tuning of large language models: sample from intractable posteriors, fast.
 
-The road: prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss -> optimiser step. `Trainer`
-runs it, `score_and_reward` is the two in the middle for one head pass, and `fastgfn.functional` is the
-tensor-level API for other libraries.
+The road: prompts -> sample -> pack -> score / log_reward -> modified_subtb_loss (or another of
+fastgfn.objectives) -> optimiser step. `Trainer` runs it, `score_and_reward` is the two in the middle for one
+head pass, and `fastgfn.functional` is the tensor-level API for other libraries.
 """
 
 from fastgfn.config import Behavior, TrainConfig
 from fastgfn.models import Policy, load_policy
-from fastgfn.objectives import modified_subtb_loss, vargrad_loss
+from fastgfn.objectives import (
+    detailed_balance_loss,
+    interpolated_subtb_loss,
+    length_normalized_trajectory_balance_loss,
+    modified_detailed_balance_loss,
+    modified_subtb_loss,
+    relative_trajectory_balance_loss,
+    rooted_prefix_tb_loss,
+    subtb_loss,
+    trajectory_balance_loss,
+    vargrad_loss,
+)
 from fastgfn.ops.backends import backend_info
 from fastgfn.packing import pack
 from fastgfn.passes import score_and_reward
@@ -34,12 +45,20 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "backend_info",
+    "detailed_balance_loss",
+    "interpolated_subtb_loss",
+    "length_normalized_trajectory_balance_loss",
     "load_policy",
     "log_reward",
+    "modified_detailed_balance_loss",
     "modified_subtb_loss",
     "pack",
+    "relative_trajectory_balance_loss",
+    "rooted_prefix_tb_loss",
     "sample",
     "score",
     "score_and_reward",
+    "subtb_loss",
+    "trajectory_balance_loss",
     "vargrad_loss",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgfn import checks
 from fastgfn.functional.importance import importance_weights
 from fastgfn.models import Policy
-from fastgfn.objectives import REGISTRY, Objective, Spec, group_mean, log_ratio
+from fastgfn.objectives import REGISTRY, Objective, Spec, group_mean, log_q
 from fastgfn.packing import split_tree
 from fastgfn.phases import phase
 from fastgfn.rewards import LMReward, Reward, log_factors, log_reward
@@ -57,32 +57,30 @@ class _Truth(NamedTuple):
 
 
 class _Losses(NamedTuple):
-    """The objective of any part of a tree; coefficients (N,) are those of the whole."""
+    """The objective of any part of a tree; coefficients and log_behavior (N,) are those of the whole."""
 
     spec: Spec
     options: dict
     coefficients: Tensor
     reward_temperature: float
+    log_behavior: Tensor | None = None
+    importance_clip: tuple[float, float] | None = None
 
-    def __call__(
-        self,
-        part: TreePart,
-        log_probs: LogProbs,
-        truth: _Truth,
-        log_z: Tensor | None,
-        weights: Tensor | float = 1.0,
-    ) -> Objective:
+    def __call__(self, part: TreePart, log_probs: LogProbs, truth: _Truth, log_z: Tensor | None) -> Objective:
         options = dict(self.options)
         if self.spec.reads_prior:
             options["prior"] = truth.prior
         if self.spec.reads_log_z(part.tree):
             options["log_z"] = log_z
+        coefficients = self.coefficients[part.trajectories]
+        if self.importance_clip is not None:
+            drawn = self.log_behavior.to(coefficients.device)[part.trajectories]
+            own_log_q = trajectory_log_q(log_probs, part.tree)
+            clip = dict(clip=self.importance_clip, unknown_as_one=True)
+            coefficients = coefficients * importance_weights(own_log_q, drawn, **clip)
+        value = truth.log_reward / self.reward_temperature
         return self.spec.loss(
-            log_probs,
-            tree=part.tree,
-            log_reward=truth.log_reward / self.reward_temperature,
-            coefficients=weights * self.coefficients[part.trajectories],
-            **options,
+            log_probs, tree=part.tree, log_reward=value, coefficients=coefficients, **options
         )
 
 
@@ -119,7 +117,7 @@ def prior_and_reward(tree: TokenTree, *, policy: Policy, reward: Reward) -> tupl
 
 def _reads_reference(reward: Reward, policy: Policy) -> bool:
     shared = isinstance(reward, LMReward) and getattr(reward.reference, "policy", None) is policy
-    # a subclass may compute something else, and a reward that follows suffixes does
+    # a subclass may compute something else, and one that follows suffixes does
     return shared and type(reward).__call__ is LMReward.__call__ and reward.suffixes is None
 
 
@@ -148,8 +146,8 @@ def add_gradients(
         log_z: (G,) log Z(X) of every prompt, which may require a gradient; "head": log F(s_0) of the policy's
             flow head; None: estimated from the trajectories. Read where the objective reads one.
         normalization, weights: of the objective; weights are importance weights.
-        log_behavior, importance_clip: a clip adds the weights min(max(q(x) / behavior(x), low), high), under
-            this policy and without gradient; a density that is not known (nan) counts as weight 1.
+        log_behavior, importance_clip: where a clip (low, high) is given, trajectories are weighed with
+            `functional.importance_weights`, 1 where log_behavior is NaN (unknown); numerator only.
         max_tokens: a tree of more nodes is scored and differentiated in parts, see `split_tree`; no part's
             graph outlives it. Equal to one pass up to rounding; the price is that nodes which parts share
             are computed in each, and one more forward where log Z(X) has to be estimated beforehand.
@@ -158,6 +156,7 @@ def add_gradients(
         InputError: as `split_tree`, `log_reward` and the objective, which must fit the reward; no trajectory.
     """
     loss_of = _losses(tree, policy, reward, objective, reward_temperature, normalization, weights, options)
+    loss_of = loss_of._replace(log_behavior=log_behavior, importance_clip=importance_clip)
     parts, is_given = split_tree(tree, max_tokens=max_tokens), log_z is not None
     truths: Sequence[_Truth | None] = [None] * len(parts)
     if not is_given and loss_of.spec.reads_log_z(tree) and _share_groups(parts):
@@ -168,15 +167,16 @@ def add_gradients(
 
     def add(part: TreePart, truth: _Truth | None) -> tuple[Tensor, ...]:
         log_probs, truth = _scored(part.tree, loss_of.spec, policy, reward, truth)
-        own_log_z, log_q = _log_z_of(shared, part.tree, log_probs), trajectory_log_q(log_probs, part.tree)
-        shares = _weights(log_q, part, log_behavior, importance_clip)
-        result = loss_of(part, log_probs, truth, own_log_z, shares)
+        own_log_z = _log_z_of(shared, part.tree, log_probs)
+        result = loss_of(part, log_probs, truth, own_log_z)
+        own_log_z = None if own_log_z is None else own_log_z.detach()
         with phase("backward"):
             (result.loss * scale).backward()
-        own_log_z = None if own_log_z is None else own_log_z.detach()
         factors = log_factors(part.tree, truth.log_reward, reward=reward)
-        ends = (result.log_ratio, truth.log_reward[part.tree.leaf], factors[part.tree.leaf], log_q)
-        return result.loss.detach().double(), *ends, log_probs.log_pf.detach(), own_log_z
+        ends = (value[part.tree.leaf] for value in (truth.log_reward, factors))
+        loss, log_pf = result.loss.detach().double(), log_probs.log_pf.detach()
+        log_qs = trajectory_log_q(log_probs, part.tree)
+        return loss, result.log_ratio, *ends, log_qs, log_pf, own_log_z
 
     results = [add(part, truth) for part, truth in zip(parts, truths, strict=True)]
     if isinstance(shared, Tensor) and shared.grad is not None:
@@ -230,13 +230,13 @@ def _losses(
 def _whole(tree: TokenTree, parts: Sequence[TreePart], results: Sequence[tuple], is_given: bool) -> Pass:
     """Of all parts together: (loss, log_ratio, log_reward, log_factors, log_q, log_pf, log_z) of each."""
     losses, *by_trajectory, log_pfs, log_zs = zip(*results, strict=True)
-    ratios, *rest = (_by_trajectory(parts, values) for values in by_trajectory)
-    log_pf, means = _by_node(parts, log_pfs, tree.num_nodes), group_mean(ratios, tree)
+    log_ratio, *others = (_by_trajectory(parts, values) for values in by_trajectory)
+    log_pf, means = _by_node(parts, log_pfs, tree.num_nodes), group_mean(log_ratio, tree)
     known = torch.zeros_like(means) if is_given else None
     for part, log_z in zip(parts, log_zs, strict=True) if is_given else ():
         groups = part.tree.group[part.tree.leaf].long()
         known[groups] = log_z.to(known)[groups]
-    return Pass(torch.stack(losses).sum(), means, ratios, *rest, log_pf, known)
+    return Pass(torch.stack(losses).sum(), means, log_ratio, *others, log_pf, known)
 
 
 def _scored(
@@ -265,17 +265,7 @@ def _log_z_of(log_z: Tensor | str | None, tree: TokenTree, log_probs: LogProbs) 
 @torch.no_grad()
 def trajectory_log_q(log_probs: LogProbs, tree: TokenTree) -> Tensor:
     """(N,) float64 log q of every trajectory, the stop included, without gradient."""
-    return -log_ratio(log_probs, tree, torch.zeros_like(log_probs.log_pf)).double()
-
-
-def _weights(
-    log_q: Tensor, part: TreePart, log_behavior: Tensor | None, clip: tuple[float, float] | None
-) -> Tensor | float:
-    """(N',) importance weights of a part's trajectories, or 1."""
-    if clip is None:
-        return 1.0
-    drawn = log_behavior.to(log_q.device)[part.trajectories]
-    return importance_weights(log_q, drawn, clip=clip, unknown_as_one=True)
+    return log_q(log_probs, tree)
 
 
 def _share_groups(parts: Sequence[TreePart]) -> bool:

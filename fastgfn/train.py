@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastgfn import checks, durable, failures
 from fastgfn.behavior import Explorer, drift
@@ -49,6 +50,7 @@ class Trainer:
             it before step 0 (`seed_prompt_samples`) enters the buffer of the prompt itself.
         seed_constraints: the sequence set of these draws, within `constraints`: a shorter max_length, or
             further termination tokens to cut at. None: `constraints`.
+        embed: callable(list of Z) -> (K, E) embeddings for the replay buffer, see `ReplayBuffer`.
 
     Raises:
         InputError: no prompts, a prompt or constraints that do not fit the model, no trainable parameters, a
@@ -68,6 +70,7 @@ class Trainer:
         demonstrations: Sequence[tuple[int, Sequence[int]]] = (),
         seed_prompts: Sequence[Sequence[int] | None] | None = None,
         seed_constraints: Constraints | None = None,
+        embed: Callable[[list[list[int]]], Tensor] | None = None,
     ) -> None:
         checks.check(
             len(prompts) > 0, "Trainer", "prompts", "at least one prompt", 0, "pass lists of token ids"
@@ -106,6 +109,7 @@ class Trainer:
             seed_prompts=seed_prompts,
             seed_constraints=seed_constraints,
             factors=reward.names if isinstance(reward, ProductReward) else ("log_reward",),
+            embed=embed,
         )
         self.buffer = self.explorer.buffer
         self.steps_done = 0

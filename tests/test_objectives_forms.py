@@ -1,11 +1,22 @@
 """Every objective on the tree against its padded form: values and gradients."""
 
+from itertools import combinations
+
 import pytest
 import torch
-from objective_cases import GROUP, make_tree, padded_loss, random_values, tool_tree, tree_loss
+from objective_cases import (
+    GROUP,
+    MAX_LENGTH,
+    make_tree,
+    padded_loss,
+    paths,
+    random_values,
+    tool_tree,
+    tree_loss,
+)
 
 from fastgfn.config import OBJECTIVES, RESIDUAL_LOSSES, TrainConfig
-from fastgfn.objectives import REGISTRY
+from fastgfn.objectives import REGISTRY, modified_subtb_loss, subtb_loss, trajectory_balance_loss
 from fastgfn.ops.residual import LOSSES
 from fastgfn.types import Role
 
@@ -84,6 +95,48 @@ def test_tokens_of_a_tool_are_no_states():
     for name in ("modified_subtb", "modified_db", "interpolated_subtb", "rooted_prefix_tb"):
         for residual in ("squared", "huber"):
             _assert_equal(_both(name, tool_tree(), residual=residual))
+
+
+@pytest.mark.parametrize("subtb_lambda", [0.0, 0.7, 1.0])
+def test_flows_against_a_double_loop_beside_tools(subtb_lambda):
+    """Every state that the policy continues or ends takes part, terminable or not, and the end."""
+    for tree in (tool_tree(), make_tree(min_length=2, sequences=[[5, 6], [5, 6, 7, 8]], group=[0, 0])):
+        log_probs, log_reward, _, _ = random_values(tree)
+        num, den = {}, {}
+        for path in paths(tree):
+            reached, u = torch.zeros(()).double(), []
+            for node in path:
+                reached = reached + (0 if node == path[0] else log_probs.log_pf[node])
+                if tree.is_state[node]:
+                    u.append(reached - log_probs.log_flow[node])
+            u.append(reached + log_probs.log_pterm[path[-1]] - log_reward[path[-1]])
+            group = int(tree.group[path[-1]])
+            for i, j in combinations(range(len(u)), 2):
+                weight = subtb_lambda ** (j - i - 1)
+                num[group] = num.get(group, 0.0) + weight * (u[j] - u[i]) ** 2
+                den[group] = den.get(group, 0.0) + weight
+        want = sum(num[g] / den[g] for g in num) / len(num)
+        got = subtb_loss(log_probs, tree=tree, log_reward=log_reward, subtb_lambda=subtb_lambda).loss
+        leaves = log_probs.log_pf, log_probs.log_pterm, log_probs.log_flow
+        first, second = (torch.autograd.grad(x, leaves) for x in (got, want))
+        assert float(want) > 0.1 and abs(float(got - want)) <= 1e-10 * float(want)
+        keep = tree.role != Role.PROMPT
+        assert float(((first[0] - second[0]) * keep).abs().max()) <= 1e-10
+        assert all(float((a - b).abs().max()) <= 1e-10 for a, b in zip(first[1:], second[1:], strict=True))
+
+
+def test_one_full_span_is_trajectory_balance():
+    """Where only the longest sequences may stop, the anchor and the end are the only states."""
+    tree = make_tree([[5, 5, 5, 5, 5], [5, 5, 1, 2, 3], [2, 1, 4, 4, 4]], [0, 0, 1], min_length=MAX_LENGTH)
+    log_probs, log_reward, log_z, _ = random_values(tree)
+    options = dict(tree=tree, log_reward=log_reward, log_z=log_z)
+    span, whole = (f(log_probs, **options).loss for f in (modified_subtb_loss, trajectory_balance_loss))
+    assert float(whole) > 0.1 and abs(float(span - whole)) <= 1e-12 * float(whole)
+    leaves = log_probs.log_pterm, log_z, log_probs.log_pf
+    first, second = (torch.autograd.grad(x, leaves) for x in (span, whole))
+    keep = tree.role != Role.PROMPT
+    for a, b in ((first[0], second[0]), (first[1], second[1]), (first[2][keep], second[2][keep])):
+        torch.testing.assert_close(a, b)
 
 
 def test_the_second_mask_convention():

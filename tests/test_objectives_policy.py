@@ -131,6 +131,23 @@ def test_parts_give_what_one_pass_gives(policy, name):
         )
 
 
+def test_importance_weights_are_those_of_the_score(policy):
+    tree = make_tree()
+    common = dict(policy=policy, reward=_reward(), objective="vargrad")
+    log_q = add_gradients(tree, **common).log_q
+    shift = torch.linspace(-1.0, 1.5, len(SEQUENCES)).double()
+    log_behavior = log_q - shift
+    log_behavior[3] = torch.nan
+    weights = shift.exp().clamp(0.5, 2.0).index_fill(0, torch.tensor([3]), 1.0)
+    _grads(policy)
+    want = add_gradients(tree, weights=weights, **common)
+    want_grads = _grads(policy)
+    options = dict(log_behavior=log_behavior, importance_clip=(0.5, 2.0), max_tokens=12)
+    got = add_gradients(tree, **options, **common)
+    assert relative_error(got.loss, want.loss) <= 1e-10 and relative_error(got.log_q, log_q) <= 1e-10
+    assert relative_error(_grads(policy), want_grads) <= 1e-10
+
+
 def test_the_prior_shares_its_forward_with_the_reward(policy, seen_tokens):
     tree = make_tree(min_length=1)
     base = score(tree, policy=policy.reference)

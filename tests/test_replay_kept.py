@@ -97,8 +97,8 @@ def test_the_kept_set_is_that_of_the_definition(duplicates, seed):
             assert buffer.state() == state
         before, want_before = buffer.snapshot(), buffer.state()
         zs = [[rng.randrange(5) for _ in range(rng.randrange(7))] for _ in range(9)]
-        # few distinct values, so that ties are many; a sequence has one value
-        factors = [[-float(sum(z) % 3), -float(len(z) % 3)] for z in zs]
+        # few distinct values, so that ties are many; the first one of a stored sequence stays
+        factors = [[-float((sum(z) + version) % 3), -float(len(z) % 3)] for z in zs]
         density = [-rng.random() for _ in zs]
         add(buffer, zs, factors, version=version, log_behavior=density)
         if version % 3 == 2:  # undone and done again
@@ -147,6 +147,15 @@ def test_the_heap_stays_within_twice_the_entries():
         add(buffer, [[step % 3 + 10 * k for k in range(6)]], [float(step)])
     (shelf,) = buffer._shelves.values()
     assert len(shelf) == 3 and len(shelf._heap) <= 2 * len(shelf) + 8
+
+
+def test_the_worst_is_that_of_the_values_that_are_stored():
+    """A replaced sequence may come back with a better value; its old one does not count."""
+    buffer = ReplayBuffer(2, tolerance=0.25)
+    a, b, c, d = [1, 2, 3, 4], [1, 2, 3, 5], [9, 9, 9, 9], [7, 7, 7, 7]
+    for z, value in ((a, -5.0), (b, -4.0), (a, -3.0), (c, -3.5), (d, -3.4)):
+        assert add(buffer, [z], [value]) == 1
+    assert [list(e.tokens) for e in buffer.entries(PROMPT)] == [d, a]
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.1, 0.25, 1.0])

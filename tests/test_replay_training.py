@@ -13,13 +13,18 @@ from fastgfn.types import Constraints
 SMALL = dict(num_samples=8, replay_samples=4, replay_capacity=16, warmup_steps=2)
 
 
-def _trainer(policy, reward=None, prompts=((1, 2), (3,)), **config):
+def _embed(sequences):
+    return torch.tensor([[1.0] + [float(z.count(t)) for t in range(13)] for z in sequences])
+
+
+def _trainer(policy, reward=None, prompts=((1, 2), (3,)), embed=None, **config):
     return Trainer(
         policy,
         prompts=prompts,
         reward=reward or SequenceReward(lambda zs: [0.5 * sum(z) - 1.5 * len(z) for z in zs]),
         constraints=Constraints(0, max_length=3),
         config=TrainConfig(**(SMALL | config)),
+        embed=embed,
     )
 
 
@@ -69,6 +74,7 @@ def test_a_product_is_stored_in_factors_and_tempered_again(tiny_policy, max_toke
         dict(replay_priority="mix", replay_selection="submodular"),
         dict(replay_priority="recency", replay_half_life=0.0, replay_max_age=2),
         dict(replay_priority="uniform", replay_selection="length_balanced", replay_keep="submodular"),
+        dict(replay_duplicates="embedding", replay_tolerance=0.05, embed=_embed),
     ],
 )
 def test_every_kind_of_replay_resumes_as_if_it_had_not_stopped(tiny_policy, tmp_path, options):
@@ -83,3 +89,19 @@ def test_every_kind_of_replay_resumes_as_if_it_had_not_stopped(tiny_policy, tmp_
     assert resumed.buffer.state() == straight.buffer.state()
     ages = [4 - e.version for p in ([1, 2], [3]) for e in resumed.buffer.entries(p)]
     assert ages and max(ages) <= (options.get("replay_max_age") or 9) + 1
+
+
+def test_embeddings_have_to_be_given(tiny_policy):
+    with pytest.raises(InputError, match="embed must be a callable with duplicates='embedding', got None"):
+        _trainer(tiny_policy(), replay_duplicates="embedding")
+    for field, value, want in (
+        ("replay_priority", "newest", "one of"),
+        ("replay_selection", "all", "one of"),
+        ("replay_keep", "all", "'top' or 'submodular'"),
+        ("replay_duplicates", "none", "one of"),
+        ("replay_half_life", -1.0, ">= 0"),
+        ("replay_recency_share", 1.5, "in"),
+        ("replay_max_age", 0, ">= 1 or None"),
+    ):
+        with pytest.raises(InputError, match=f"TrainConfig: {field} must be {want}"):
+            TrainConfig(**{field: value})

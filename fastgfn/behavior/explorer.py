@@ -23,6 +23,7 @@ from fastgfn.behavior.sampler import Sampler
 from fastgfn.config import TrainConfig
 from fastgfn.models import Policy
 from fastgfn.replay import ReplayBuffer
+from fastgfn.replay.neighbors import Embed
 from fastgfn.rewards import ProductReward, Reward
 from fastgfn.rollout import SamplingOptions
 from fastgfn.types import Constraints, Grammar, Rollouts
@@ -89,6 +90,7 @@ class Explorer:
         seed_prompts: Sequence[Sequence[int] | None] | None = None,
         seed_constraints: Constraints | None = None,
         factors: Sequence[str] = ("log_reward",),
+        embed: Embed | None = None,
     ) -> None:
         self.policy = policy
         self.constraints = constraints
@@ -119,6 +121,7 @@ class Explorer:
             keep=config.replay_keep,
             max_age=config.replay_max_age,
             factors=factors,
+            embed=embed,
         )
 
     def draw(

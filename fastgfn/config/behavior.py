@@ -48,9 +48,10 @@ class Behavior(Settings):
     replay_capacity: int = 50
     """Buffer entries kept per prompt."""
     replay_duplicates: str = "near"
-    """What the buffer rejects: "near" (edit distance) or "exact" duplicates."""
+    """What the buffer rejects: "near" (edit distance), "embedding" (cosine distance of the Trainer's `embed`)
+    or "exact" duplicates."""
     replay_tolerance: float = 0.25
-    """Edit distance below this share of both lengths makes a near-duplicate."""
+    """Edit distance below this share of both lengths, or cosine distance below it, makes a near-duplicate."""
     replay_priority: str = "reward"
     """Buffer draws are proportional to "reward" at its current temperature, "uniform", by "recency", or a
     "mix" of reward and recency."""
@@ -133,7 +134,7 @@ class Behavior(Settings):
 
     def _check_choices(self) -> None:
         for field, known in (
-            ("replay_duplicates", ("near", "exact")),
+            ("replay_duplicates", ("near", "exact", "embedding")),
             ("replay_priority", ("reward", "uniform", "recency", "mix")),
             ("replay_selection", ("top", "submodular", "length_balanced")),
             ("replay_keep", ("top", "submodular")),

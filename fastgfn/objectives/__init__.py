@@ -6,7 +6,7 @@ prefixes: rewards of prefixes that depend on the trajectory: rooted at s_0, inte
 registry: all of them by name, with what they read.
 """
 
-from fastgfn.objectives.pooling import Objective, group_mean, log_ratio, trajectory_coefficients
+from fastgfn.objectives.pooling import Objective, group_mean, log_q, log_ratio, trajectory_coefficients
 from fastgfn.objectives.prefixes import interpolated_subtb_loss, rooted_prefix_tb_loss
 from fastgfn.objectives.registry import REGISTRY, Spec
 from fastgfn.objectives.subtb import (
@@ -33,6 +33,7 @@ __all__ = [
     "has_anchor",
     "interpolated_subtb_loss",
     "length_normalized_trajectory_balance_loss",
+    "log_q",
     "log_ratio",
     "modified_detailed_balance_loss",
     "modified_subtb_loss",

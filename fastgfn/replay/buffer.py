@@ -1,7 +1,7 @@
 """`ReplayBuffer`: what is kept of every prompt's trajectories, what is drawn again, and its durable state."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -118,7 +118,8 @@ class ReplayBuffer:
     def entries(self, prompt: Sequence[int]) -> list[Entry]:
         """Stored entries of a prompt, worst first at the current temperatures."""
         shelf = self._shelf(tuple(prompt))
-        return [] if shelf is None else list(shelf.ordered()[0])
+        weights = self._weights()
+        return [] if shelf is None else sorted(shelf.entries.values(), key=lambda e: value_of(e, weights))
 
     def retemper(self, temperatures: Sequence[float]) -> None:
         """Set the temperature of every factor: log R = sum_k factor_k / T_k orders the entries and weighs the
@@ -193,11 +194,10 @@ class ReplayBuffer:
         """Keep the greedy choice of `capacity` entries."""
         if len(shelf) <= self.capacity:
             return
-        entries, _ = shelf.ordered()
-        chosen = set(self._select(shelf, range(len(entries)), self.capacity))
-        for i, entry in enumerate(entries):
+        chosen = set(self._select(shelf, range(len(shelf)), self.capacity))
+        for i, key in enumerate(list(shelf.entries)):
             if i not in chosen:
-                shelf.drop(entry.key)
+                shelf.drop(key)
 
     def sample(
         self,
@@ -233,49 +233,48 @@ class ReplayBuffer:
             shelf = self._writable(key) if expires else self._shelf(key)
             if shelf is not None and len(shelf):
                 chosen = self._choose(shelf, min(num_samples, len(shelf)), rng, temperature)
-                stored += [shelf.ordered()[0][i] for i in chosen]
+                entries = list(shelf.entries.values())
+                stored += [entries[i] for i in chosen]
                 group += [g] * len(chosen)
         return _as_rollouts(stored, group, rollouts) if stored else None
 
     def _choose(self, shelf: Shelf, size: int, rng: np.random.Generator, temperature: float) -> list[int]:
-        """Which of the shelf's entries, worst first, to draw; ascending."""
-        entries, ranks = shelf.ordered()
-        age = np.argsort(np.argsort([-e.order for e in entries], kind="stable"))
+        """Which of the shelf's entries to draw, ascending."""
         order = draw_order(
             self.priority,
-            ranks / (self.temperatures[0] * temperature),
-            age,
+            shelf.ranks() / (self.temperatures[0] * temperature),
+            np.arange(len(shelf))[::-1],
             rng,
             half_life=self.half_life,
             recency_share=self.recency_share,
         ).tolist()
         if self.selection == "length_balanced":
-            return sorted(length_balanced(order, self._bins(entries), size))
+            return sorted(length_balanced(order, self._bins(shelf.entries.values()), size))
         if self.selection == "submodular":
             return sorted(self._select(shelf, order[: size * self.submodular.pool], size))
         return sorted(order[:size])
 
     def _select(self, shelf: Shelf, pool: Sequence[int], size: int) -> list[int]:
-        """The submodular choice among the entries of the shelf whose places, worst first, are in `pool`."""
-        entries, ranks = shelf.ordered()
-        pool = sorted(pool, reverse=True)
+        """The submodular choice among the entries of the shelf at the places `pool`."""
+        pool, entries = shelf.best_first(pool), list(shelf.entries.values())
         some = [entries[i] for i in pool]
         if self.embed is None:
             similarity = KGrams([e.tokens for e in some], self.submodular.kgram)
         else:
             similarity = Cosine(np.stack([shelf.rows[e.key] for e in some]))
-        chosen = submodular(ranks[pool], self._bins(some), similarity, size, self.submodular)
+        chosen = submodular(shelf.ranks()[pool], self._bins(some), similarity, size, self.submodular)
         return [pool[i] for i in chosen]
 
     def _weights(self) -> tuple[float, ...]:
         """Of the factors, up to a common temperature, which changes no order: 1 for the first."""
         return tuple(self.temperatures[0] / t for t in self.temperatures)
 
-    def _bins(self, entries: list[Entry]) -> list[int]:
+    def _bins(self, entries: Iterable[Entry]) -> list[int]:
         return [len(e.tokens) // self.length_bin for e in entries]
 
     def _embedded(self, entries: list[Entry]) -> Sequence[np.ndarray | None]:
-        if self.embed is None or not entries:
+        reads = self.duplicates == "embedding" or "submodular" in (self.selection, self.keep)
+        if self.embed is None or not reads or not entries:
             return [None] * len(entries)
         return unit_rows(self.embed, [e.tokens for e in entries])
 
@@ -302,8 +301,11 @@ class ReplayBuffer:
         return shelf
 
     def state(self) -> dict:
-        """JSON-ready contents; floats survive exactly."""
-        prompts = {",".join(map(str, p)): [e.row() for e in self.entries(p)] for p in self._shelves}
+        """JSON-ready contents, the oldest entries first; floats survive exactly."""
+        prompts = {
+            ",".join(map(str, p)): [e.row() for e in shelf.entries.values()]
+            for p, shelf in self._shelves.items()
+        }
         return {
             "factors": list(self.factors),
             "temperatures": list(self.temperatures),

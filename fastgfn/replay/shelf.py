@@ -1,7 +1,7 @@
 """The entries of one prompt in order of their value, with near-duplicates to be found."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -21,7 +21,7 @@ def value_of(entry: Entry, weights: Sequence[float]) -> Value:
 
 
 class Shelf:
-    """Entries by key, and a heap of their values whose top is the worst.
+    """Entries by key, oldest first, and a heap of their values whose top is the worst.
 
     Removing an entry leaves its value in the heap, where it is passed over when it comes up; so eviction
     costs O(log n) amortised.
@@ -38,7 +38,6 @@ class Shelf:
         self.oldest = 0
         self._values: dict[Key, Value] = {}
         self._heap: list[Value] = []
-        self._ordered: tuple[list[Entry], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -53,7 +52,7 @@ class Shelf:
         """Add an entry whose key is new; row: its embedding."""
         self.oldest = min(self.oldest, entry.version) if self.entries else entry.version
         key, value = entry.key, value_of(entry, self.weights)
-        self.entries[key], self._values[key], self._ordered = entry, value, None
+        self.entries[key], self._values[key] = entry, value
         heapq.heappush(self._heap, value)
         if self.neighbors is not None:
             self.neighbors.add(key, row)
@@ -63,12 +62,13 @@ class Shelf:
             self._rebuild()
 
     def refresh(self, entry: Entry) -> None:
-        """Replace the entry of this key by one of equal factors."""
-        self.entries[entry.key], self._ordered = entry, None
+        """Replace the entry of this key by one of equal factors, the newest now."""
+        key = entry.key
+        del self.entries[key]
+        self.entries[key], self._values[key] = entry, self._values.pop(key)
 
     def drop(self, key: Key) -> None:
         del self.entries[key], self._values[key]
-        self._ordered = None
         if self.neighbors is not None:
             self.neighbors.remove(key)
         self.rows.pop(key, None)
@@ -82,7 +82,7 @@ class Shelf:
     def reweigh(self, weights: tuple[float, ...]) -> None:
         """Order by other weights, O(n)."""
         if weights != self.weights:
-            self.weights, self._ordered = weights, None
+            self.weights = weights
             self._values = {key: value_of(entry, weights) for key, entry in self.entries.items()}
             self._rebuild()
 
@@ -91,13 +91,14 @@ class Shelf:
         near = () if self.neighbors is None else self.neighbors.near(key, row)
         return [self._values[k] for k in near]
 
-    def ordered(self) -> tuple[list[Entry], np.ndarray]:
-        """The entries, worst first, and (n,) log R under the weights."""
-        if self._ordered is None:
-            values = sorted(self._values.values())
-            ranks = np.array([value[0] for value in values])
-            self._ordered = [self.entries[value[1:]] for value in values], ranks
-        return self._ordered
+    def ranks(self) -> np.ndarray:
+        """(n,) log R under the weights."""
+        return np.fromiter((value[0] for value in self._values.values()), np.float64, len(self._values))
+
+    def best_first(self, places: Iterable[int]) -> list[int]:
+        """The places of some entries, sorted."""
+        values = list(self._values.values())
+        return sorted(places, key=values.__getitem__, reverse=True)
 
     def expire(self, oldest: int) -> None:
         """Drop what is of a version before `oldest`."""
