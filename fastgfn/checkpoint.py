@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from fastgfn import checks
 from fastgfn.models import Policy, load_adapter_weights, save_adapter
-from fastgfn.models.policy import PARTIAL
+from fastgfn.models.adapter import PARTIAL
 
 KEEP = 2
 LEARNED = "log_z.safetensors"
 # What a run writes beside checkpoints/ and events/; run.json, which says that they are a run's, goes last.
 RUN_FILES = ("report.json", "histogram.png", "failed_step.json", "adapter_config.json")
-RUN_FILES += ("adapter_model.safetensors", "run.json")
+RUN_FILES += ("adapter_model.safetensors", "conditioning.json", "run.json")
 RUN_KEYS = {
     "model": str,
     "prompt_ids": list,

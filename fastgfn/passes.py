@@ -62,7 +62,7 @@ class _Losses(NamedTuple):
     spec: Spec
     options: dict
     coefficients: Tensor
-    reward_temperature: float
+    reward_temperature: float | Tensor
     log_behavior: Tensor | None = None
     importance_clip: tuple[float, float] | None = None
 
@@ -78,7 +78,7 @@ class _Losses(NamedTuple):
             own_log_q = trajectory_log_q(log_probs, part.tree)
             clip = dict(clip=self.importance_clip, unknown_as_one=True)
             coefficients = coefficients * importance_weights(own_log_q, drawn, **clip)
-        value = truth.log_reward / self.reward_temperature
+        value = _tempered(truth.log_reward, part.tree, self.reward_temperature)
         return self.spec.loss(
             log_probs, tree=part.tree, log_reward=value, coefficients=coefficients, **options
         )
@@ -126,7 +126,7 @@ def add_gradients(
     *,
     policy: Policy,
     reward: Reward,
-    reward_temperature: float = 1.0,
+    reward_temperature: float | Tensor = 1.0,
     objective: str = "modified_subtb",
     log_z: Tensor | str | None = None,
     normalization: str = "group",
@@ -140,7 +140,7 @@ def add_gradients(
     """Add the gradient of scale * the objective to `.grad` of the policy's parameters and of log_z's.
 
     Args:
-        reward_temperature: divides log R.
+        reward_temperature: > 0, divides log R; one number, or (G,) one for each prompt.
         objective: a name of fastgfn.objectives.REGISTRY; `options` are the further arguments of its loss,
             such as subtb_lambda or residual_loss.
         log_z: (G,) log Z(X) of every prompt, which may require a gradient; "head": log F(s_0) of the policy's
@@ -189,7 +189,7 @@ def estimate_log_z(
     *,
     policy: Policy,
     reward: Reward,
-    reward_temperature: float = 1.0,
+    reward_temperature: float | Tensor = 1.0,
     objective: str = "modified_subtb",
     max_tokens: int | None = None,
     **options,
@@ -209,13 +209,14 @@ def _losses(
     policy: Policy,
     reward: Reward,
     objective: str,
-    reward_temperature: float,
+    reward_temperature: float | Tensor,
     normalization: str,
     weights: Tensor | None,
     options: dict,
 ) -> _Losses:
     name, num = "add_gradients", tree.leaf.shape[0]
     checks.check(num > 0, name, "tree", "of at least one trajectory", num, "pack some rollouts")
+    _check_temperature(name, tree, reward_temperature)
     want, fix = f"one of {tuple(REGISTRY)}", "use 'modified_subtb'"
     checks.check(objective in REGISTRY, name, "objective", want, repr(objective), fix)
     spec = REGISTRY[objective]
@@ -287,6 +288,21 @@ def _ratios(
         ratios.append(loss_of(part, log_probs, truth, any_log_z).log_ratio)
         truths.append(truth)
     return ratios, truths
+
+
+def _check_temperature(name: str, tree: TokenTree, temperature: float | Tensor) -> None:
+    values, fix = torch.as_tensor(temperature), "pass one number, or one per prompt"
+    if values.dim():
+        checks.check_shape(name, "reward_temperature", values, (tree.num_groups,), fix)
+    positive = bool((values > 0).all())
+    checks.check(positive, name, "reward_temperature", "> 0", float(values.min()), fix)
+
+
+def _tempered(log_reward: Tensor, tree: TokenTree, temperature: float | Tensor) -> Tensor:
+    """(T,) log R / T of each node's prompt."""
+    if isinstance(temperature, Tensor) and temperature.dim():
+        temperature = temperature.to(log_reward)[tree.group.long()]
+    return log_reward / temperature
 
 
 def _by_node(parts: Sequence[TreePart], values: Sequence[Tensor], num_nodes: int) -> Tensor:

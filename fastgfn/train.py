@@ -6,6 +6,7 @@ fastgfn.behavior holds the first, fastgfn.passes the three in the middle, for a 
 fastgfn.durable what of a run outlives the process.
 """
 
+import contextlib
 import os
 import time
 import warnings
@@ -20,7 +21,7 @@ from fastgfn import checks, durable, failures
 from fastgfn.behavior import Explorer, drift
 from fastgfn.config import TrainConfig
 from fastgfn.log_z import LearnedLogZ
-from fastgfn.models import Policy
+from fastgfn.models import Policy, condition
 from fastgfn.objectives import REGISTRY
 from fastgfn.packing import pack
 from fastgfn.passes import Pass, add_gradients, estimate_log_z
@@ -90,6 +91,7 @@ class Trainer:
         fits = config.max_tokens is None or config.max_tokens >= longest
         want = f">= {longest}, the longest prompt and max_length"
         checks.check(fits, "Trainer", "config.max_tokens", want, config.max_tokens, "raise it")
+        _condition(policy, config)
         self.policy = policy
         policy.gradient_checkpointing = config.gradient_checkpointing
         self.prompts = [list(p) for p in prompts]
@@ -133,25 +135,32 @@ class Trainer:
         learning_rate = config.learning_rate_at(step)
         metrics = dict.fromkeys(("loss", "log_z", "drift"), 0.0)
         self.optimizer.zero_grad()
-        if step == 0:
-            self._fill()
-        batches = [self._micro_batch(step, micro, metrics) for micro in range(config.accumulation)]
+        batches = []
+        for micro in range(config.accumulation):
+            temperature = self.explorer.reward_temperature(step, micro)
+            is_conditioned = config.conditioning is not None
+            with self.policy.at_temperature(temperature) if is_conditioned else contextlib.nullcontext():
+                batches.append(self._micro_batch(step, micro, temperature, metrics))
         self._check_drift(metrics["drift"])
         metrics["grad_norm"] = self._update(learning_rate, batches)
         self.steps_done += 1
         return metrics | {
             "learning_rate": learning_rate,
-            "reward_temperature": config.reward_temperature_at(step),
             "buffer": len(self.buffer),
             "trajectories": self.trajectories,
             "tokens": self.tokens,
         }
 
-    def _micro_batch(self, step: int, micro: int, metrics: dict[str, float]) -> tuple[Pass, Rollouts]:
+    def _micro_batch(
+        self, step: int, micro: int, temperature: float, metrics: dict[str, float]
+    ) -> tuple[Pass, Rollouts]:
         """Draw, pack and add gradients; the metrics take their share."""
         config = self.config
         reward = self.reward.at(step) if isinstance(self.reward, ProductReward) else self.reward
-        target = dict(reward=reward, reward_temperature=config.reward_temperature_at(step))
+        target = dict(reward=reward, reward_temperature=temperature)
+        metrics["reward_temperature"] = temperature
+        if step == micro == 0:
+            self._fill()
         with failures.named(self.policy):
             drawn = self.explorer.draw(
                 step, micro, first_trajectory=self.trajectories, merge=self.merges, **target
@@ -283,3 +292,15 @@ def _optimizer(
     if learned := [p for _, p in log_z.parameters()]:
         groups.append(dict(params=learned, share=config.log_z_learning_rate / config.learning_rate))
     return torch.optim.Adam(groups, lr=config.learning_rate, betas=config.adam_betas, fused=True)
+
+
+def _condition(policy: Policy, config: TrainConfig) -> None:
+    """Condition the policy as the settings say, or find that it is."""
+    has, fix = policy.conditioning, "train a conditioned adapter with the settings that it was made with"
+    if has is None and config.conditioning is not None:
+        condition(policy, config.conditioning, config.target_temperatures)
+        return
+    want = None if has is None else (has.kind, has.temperatures)
+    have = None if config.conditioning is None else (config.conditioning, tuple(config.target_temperatures))
+    what = "config.conditioning and .target_temperatures"
+    checks.check(want == have, "Trainer", what, want, have, fix)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastgfn.cli import main
+from fastgfn.cli.commands import ESCAPES
 
 FAST = ["--set", "num_samples=4", "--set", "replay_samples=4", "--set", "checkpoint_every=2", "--no-plots"]
 
@@ -264,6 +265,34 @@ def test_sample_prints_one_line_per_sequence(model, tmp_path, inline, monkeypatc
     assert [literal_eval(f'"{line}"') for line in lines] == [text] * 3
     main_argv("sample", "--help")
     assert "escapes: \\\\ and \\n" in " ".join(capsys.readouterr().out.split())
+
+
+def test_sample_at_a_target_temperature(model, tmp_path, inline, capsys):
+    """Of an adapter that is conditioned on it, which says so itself; the draws are the library's."""
+    from fastgfn.models import condition, load_policy, save_adapter
+    from fastgfn.rollout import sample
+    from fastgfn.types import Constraints
+
+    policy = load_policy(str(model), lora_rank=4)
+    with torch.no_grad():
+        for _, p in policy.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)
+    condition(policy, "split_scale", (0.4, 1.2))
+    save_adapter(policy, tmp_path)
+    limits = Constraints(policy.tokenizer.eos_token_id, max_length=6)
+    ids = policy.encode("ab")
+    drawn = sample([ids], policy=policy, constraints=limits, num_samples=4, target_temperature=0.6)
+    options = ("sample", "--adapter", tmp_path, "--prompt", "ab", "--max-length", "6", "-n", "4")
+    capsys.readouterr()
+    main_argv(*options, "--target-temperature", "0.6")
+    want = [policy.decode(z).translate(ESCAPES) for z in drawn.sequences()]
+    assert capsys.readouterr().out.splitlines() == want
+    code, error = inline(*options, "--target-temperature", "2")
+    assert code == 2 and "temperature must be in the trained range [0.4, 1.2], got 2.0" in error
+    code, error = inline(*options)
+    assert code == 2 and "sample(target_temperature=T)" in error
+    code, error = inline("train", "rng", "--model", model, "--set", "conditioning=split_scale", "--no-plots")
+    assert code == 2 and "conditioning must be None, got 'split_scale'; leave it out" in error
 
 
 def _weights(folder: Path):

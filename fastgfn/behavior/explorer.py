@@ -29,7 +29,7 @@ from fastgfn.rollout import SamplingOptions
 from fastgfn.types import Constraints, Grammar, Rollouts
 
 # Random choices that have a generator each; stream 3 is the target temperature of a step.
-_TEMPERATURES, _REPLAY, _PROMPTS, _SEARCH, _DEMONSTRATIONS = 0, 1, 2, 4, 5
+_TEMPERATURES, _REPLAY, _PROMPTS, _TARGETS, _SEARCH, _DEMONSTRATIONS = range(6)
 
 
 class Origin(IntEnum):
@@ -217,6 +217,13 @@ class Explorer:
 
     def _sampler(self, first_trajectory: int, merge: bool) -> Sampler:
         return Sampler(self.policy, self.config, self.grammar, first_trajectory, merge)
+
+    def reward_temperature(self, step: int, micro: int) -> float:
+        """That of the step, or with a conditioning the target temperature of the micro-batch, uniform."""
+        config = self.config
+        if config.conditioning is None:
+            return config.reward_temperature_at(step)
+        return float(self._rng(_TARGETS, step, micro).uniform(*config.target_temperatures))
 
     def _rng(self, stream: int, *index: int) -> np.random.Generator:
         """A generator of its own for every (stream, step, micro-batch), so there is no state to save."""

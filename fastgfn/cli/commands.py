@@ -79,6 +79,10 @@ def sample(
     num_samples: Annotated[int, typer.Option("--num-samples", "-n", help="Sequences to draw.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     temperature: Annotated[float, typer.Option(help="Divides the logits; 1 draws from the posterior.")] = 1.0,
+    target_temperature: Annotated[
+        float | None,
+        typer.Option(help="T of the posterior R^(1/T), of an adapter that is conditioned on it."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Base model; the run folder knows its own.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Prompt text; the run folder knows its own.")] = None,
     termination_token_id: Annotated[int | None, typer.Option(help="Token that ends a sequence.")] = None,
@@ -112,6 +116,7 @@ def sample(
         constraints=Constraints(stop, max_length=longest),
         num_samples=num_samples,
         temperature=temperature,
+        target_temperature=target_temperature,
         seed=seed,
     )
     for sequence in rollouts.sequences():

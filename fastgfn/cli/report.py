@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgfn import checks
 from fastgfn.models import BUNDLED
-from fastgfn.models.policy import PARTIAL
+from fastgfn.models.adapter import PARTIAL
 from fastgfn.ops.backends import versions
 from fastgfn.tasks.rng import RandomIntegers
 

@@ -74,6 +74,8 @@ class RngRun:
         self.saved = read_run(settings.output) if resume else None
         base = DEFAULTS if self.saved is None else self.saved["train"]
         self.config = TrainConfig.from_dict(base | overrides)
+        have, fix = self.config.conditioning, "leave it out: the task has one target"
+        checks.check(have is None, "train", "conditioning", None, repr(have), fix)
         self.policy = load_policy(
             settings.model,
             lora_rank=settings.lora_rank,

@@ -25,6 +25,13 @@ class TrainConfig(Objective):
     """log R is divided by this: value at step 0 and value from reward_horizon on, linear between."""
     reward_horizon: int = 1
     """Optimiser steps over which the reward temperature moves."""
+    conditioning: str | None = None
+    """One sampler for every target R^(1/T) with T in target_temperatures, chosen when it samples:
+    "split_scale" for any reward, "adapter_scale" for powers of the base's own q, see
+    fastgfn.models.temperature. None: one sampler for one temperature, reward_temperature."""
+    target_temperatures: tuple[float, float] = (0.4, 1.2)
+    """Range of T with a conditioning, which draws one for every micro-batch, uniformly (the flat targets of
+    high ones take longest to fit), in the place of reward_temperature."""
     learning_rate: float = 1e-3
     """Adam step size at its peak."""
     warmup_steps: int = 10
@@ -46,6 +53,7 @@ class TrainConfig(Objective):
         self._need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", ">= 1 or None")
         for field in ("warmup_steps", "checkpoint_every"):
             self._need(getattr(self, field) >= 0, field, ">= 0")
+        self._check_conditioning()
         self._pair("adam_betas", lambda v: 0.0 <= v < 1.0, "two numbers in [0, 1)")
         self._pair("reward_temperature", lambda v: math.isfinite(v) and v > 0, "two numbers > 0")
         self._need(self.learning_rate > 0, "learning_rate", "> 0")
@@ -53,6 +61,17 @@ class TrainConfig(Objective):
         self._need(
             self.schedule in ("constant", "linear", "cosine"), "schedule", "constant, linear or cosine"
         )
+
+    def _check_conditioning(self) -> None:
+        kinds = (None, "adapter_scale", "split_scale")
+        self._need(self.conditioning in kinds, "conditioning", f"one of {kinds}")
+        self._pair("target_temperatures", lambda v: math.isfinite(v) and v > 0, "two numbers > 0")
+        low, high = self.target_temperatures
+        self._need(low < high, "target_temperatures", "ascending")
+        alone = self.conditioning is None or tuple(self.reward_temperature) == (1.0, 1.0)
+        self._need(alone, "reward_temperature", "(1.0, 1.0) with a conditioning, which draws its own")
+        fits = self.conditioning is None or self.log_z in ("estimate", "head")
+        self._need(fits, "log_z", "'estimate' or 'head' with a conditioning, as log Z depends on T")
 
     def learning_rate_at(self, step: int) -> float:
         """Adam step size of optimiser step `step` (0-based)."""

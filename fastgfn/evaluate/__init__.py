@@ -22,7 +22,7 @@ from fastgfn.evaluate.diagnostics import (
     temperature_sweep,
     termination,
 )
-from fastgfn.evaluate.exact import Divergence, divergence, sequence_log_probs
+from fastgfn.evaluate.exact import Divergence, divergence, evaluate_temperatures, sequence_log_probs
 from fastgfn.evaluate.samples import Samples, Target, draw_exact, measure
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "divergence",
     "draw_exact",
     "effective_sample_size",
+    "evaluate_temperatures",
     "log_ratio_variance",
     "log_z_ais",
     "log_z_importance",

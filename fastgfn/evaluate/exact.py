@@ -74,6 +74,46 @@ def sequence_log_probs(
     return log_q[tree.leaf].cpu(), log_probs.log_pterm[tree.is_root_state][0].double().cpu()
 
 
+def evaluate_temperatures(
+    prompt: Sequence[int],
+    sequences: Sequence[Sequence[int]],
+    log_reward: Tensor,  # (S,)
+    temperatures: Sequence[float],
+    *,
+    policy: Policy,
+    constraints: Constraints,
+    grammar: Grammar | None = None,
+) -> dict[float, dict[str, float]]:
+    """Exact distances of a conditioned policy from R^(1/T) / Z_T, one tree forward for every temperature T.
+
+    Args:
+        sequences: all that the constraints (and the grammar) allow.
+        log_reward: (S,) un-tempered log R of each.
+        temperatures: trained ones or others in between.
+
+    Returns:
+        for each T the fields of `Divergence`, log_z = log Z_T and, where the empty sequence may stop,
+        log_z_error = |log F(s_0) - log Z_T| with log F(s_0) = log R(empty) / T - log q(stop | s_0).
+
+    Raises:
+        InputError: as `sequence_log_probs` and `Policy.at_temperature`; not one log R per sequence.
+    """
+    fix = "pass one value per sequence"
+    checks.check_shape("evaluate_temperatures", "log_reward", log_reward, (len(sequences),), fix)
+    limits = dict(policy=policy, constraints=constraints, grammar=grammar)
+    empty, report = [i for i, z in enumerate(sequences) if not len(z)], {}
+    for temperature in temperatures:
+        with policy.at_temperature(temperature):
+            log_q, log_stop = sequence_log_probs(prompt, sequences, **limits)
+        tempered = log_reward.double().cpu() / temperature
+        log_z = tempered.logsumexp(0)
+        row = divergence(log_q, tempered - log_z, 0.0).to_dict() | {"log_z": float(log_z)}
+        if empty:
+            row["log_z_error"] = float((tempered[empty[0]] - log_stop - log_z).abs())
+        report[temperature] = row
+    return report
+
+
 def divergence(log_q: Tensor, log_target: Tensor, target_rest: float) -> Divergence:
     """Compare a model with a target on S sequences plus one cell for everything else.
 

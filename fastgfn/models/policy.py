@@ -1,9 +1,7 @@
 """A policy: a causal LM with a LoRA adapter, its head, and the reference view with the adapter off."""
 
 import contextlib
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +17,10 @@ from fastgfn.models.log_probs import paired_log_probs, tree_log_probs
 from fastgfn.models.mlp import GatedMLP, take_over_mlps
 from fastgfn.models.probe import probe, refuse_local_attention
 from fastgfn.models.quantised import keep_gradients
+from fastgfn.models.temperature import Conditioning, at_temperature
 from fastgfn.ops.attention import TreeMask
 from fastgfn.types import LogProbs, TokenTree
 
-# Begins the name of every file and folder that is being written; such a name without a writer is a leftover.
-PARTIAL = ".fastgfn-"
 # Of a GPU's memory, what merged copies may keep between calls, and what sampling may.
 KEPT_SHARE = 0.05
 
@@ -71,6 +68,7 @@ class Policy:
         self._linear = take_over(self._backbone)
         self.kept = None  # what `sample` keeps here between calls
         self.flow_head: nn.Module | None = None  # (R, D) hidden states -> (R,) log F, see fastgfn.models.flow
+        self.conditioning: Conditioning | None = None
         take_over_mlps(self._backbone)
         self._packed = [p for m in take_over_layers(self._backbone) for p in (m.qkv, m.gate_up)]
         self._is_checkpointed = False
@@ -150,6 +148,15 @@ class Policy:
     ) -> tuple[LogProbs, LogProbs]:
         """`tree_log_probs` of this model and of its reference, which share one pass over the head."""
         return paired_log_probs(self, tree, logit_bias, reference_logit_bias, no_stop_below, masked)
+
+    def at_temperature(self, temperature: float):
+        """Within the block a conditioned policy is that of this target temperature, in sampling, scoring and
+        the backward pass; see fastgfn.models.temperature.
+
+        Raises:
+            InputError: a policy that is not conditioned, a temperature outside of its trained range.
+        """
+        return at_temperature(self, temperature)
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -353,40 +360,3 @@ def _refuse_other_heads(output: nn.Module) -> None:
         want, fix = "a plain linear layer", "leave the head out of target_modules and modules_to_save"
     have = type(output).__name__
     checks.check(plain and not quantised, "Policy", "the output head", want, have, fix)
-
-
-def save_adapter(policy: Policy, folder: Path) -> None:
-    """adapter_model.safetensors and adapter_config.json, as `peft.PeftModel.from_pretrained` reads them.
-
-    Written beside their place and renamed, so that neither is ever half there.
-    """
-    with tempfile.TemporaryDirectory(dir=folder, prefix=PARTIAL) as partial:
-        policy.model.save_pretrained(partial, save_embedding_layers=False)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            (Path(partial) / name).replace(folder / name)
-
-
-def load_adapter_weights(policy: Policy, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors of an adapter_model.safetensors into the policy's adapter.
-
-    Raises:
-        InputError: a tensor is missing, unknown or of another shape; nothing is changed.
-    """
-    from peft import set_peft_model_state_dict
-
-    check_adapter_tensors("load_adapter_weights", policy.model, tensors)
-    set_peft_model_state_dict(policy.model, tensors)
-
-
-def check_adapter_tensors(function: str, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Refuse tensors other than those of the adapter of `model`; peft would leave the missing ones random."""
-    from peft import get_peft_model_state_dict
-
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    want, have = ({k: tuple(v.shape) for k, v in part.items()} for part in (own, tensors))
-    wrong = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
-    if wrong:
-        example = f"{wrong[0]}: {have.get(wrong[0])} for {want.get(wrong[0])}"
-        found = f"{len(wrong)} tensors missing, unknown or of another shape ({example})"
-        fix = "pass the whole folder that training wrote"
-        checks.fail(function, "adapter", "an intact adapter of this model", found, fix)

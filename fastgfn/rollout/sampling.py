@@ -36,6 +36,7 @@ def sample(
     constraints: Constraints,
     num_samples: int,
     temperature: float | Tensor = 1.0,
+    target_temperature: float | None = None,
     options: SamplingOptions | None = None,
     grammar: Grammar | None = None,
     tool: Tool | None = None,
@@ -53,6 +54,7 @@ def sample(
         constraints: the sequence set; its vocabulary mask and limits bind every draw.
         temperature: divides the logits of the draw, one number or (G * num_samples,) float; > 0. The
             log-probs that enter a loss never see it: they come from `score`.
+        target_temperature: sets a conditioned policy's q for this call, as `policy.at_temperature` does.
         options: filters, uniform draws and given prefixes of the behaviour policy.
         grammar: which tokens may follow each sequence; part of q, whose log-probs are renormalised over them.
             `pack` needs it, too. At max_length a sequence ends, whether or not the grammar accepts it.
@@ -73,7 +75,8 @@ def sample(
 
     Raises:
         InputError: an empty prompt, one longer than the model's context allows, a termination token outside
-            the vocabulary, a temperature <= 0, a batch_size whose keys and values do not fit into memory.
+            the vocabulary, a temperature <= 0, a target temperature that the policy cannot take or lacks, a
+            batch_size whose keys and values do not fit into memory.
         OutOfMemory: memory ran out with a single trajectory running; the finished ones are in it. With more
             of them a warning is given, and the unfinished ones start again in half the batch.
     """
@@ -82,8 +85,22 @@ def sample(
     request = _request(prompts, policy, constraints, temperature, options, hooks, *counts)
     _check_numbers(seed, merge, precision, policy.device)
     drawer = Drawer(policy, constraints, options, seed)
+    with contextlib.ExitStack() as block:
+        if target_temperature is not None:
+            block.enter_context(policy.at_temperature(target_temperature))
+        return _draw(policy, request, drawer, batch_size, merge, precision)
+
+
+def _draw(
+    policy: Policy,
+    request: Request,
+    drawer: Drawer,
+    batch_size: int | None,
+    merge: bool,
+    precision: torch.dtype | None,
+) -> Rollouts:
     kind = choose_engine(policy, request, drawer)
-    copies = _merged_bytes(policy, constraints, merge, precision)
+    copies = _merged_bytes(policy, request.constraints, merge, precision)
     size, merges = _plan(batch_size, policy, request, kind, copies)
     with contextlib.ExitStack() as block:
         if merges:
@@ -130,7 +147,7 @@ def _merge(block: contextlib.ExitStack, policy: Policy, precision: torch.dtype |
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        warnings.warn("sample: out of memory for merged weights, drawing with unmerged ones", stacklevel=5)
+        warnings.warn("sample: out of memory for merged weights, drawing with unmerged ones", stacklevel=6)
         return
     ok, fix = precision is None or num_merged > 0, "these weights are trained or quantised: leave it out"
     checks.check(ok, "sample", "precision", "None where no layer can be merged", precision, fix)
@@ -225,7 +242,7 @@ def _plan(
         if 2 * size >= plain:
             return size, True
     have = f"{copies / 2**30:.2f} GiB and keys and values of {plain} sequences"
-    warnings.warn(f"sample: no memory for merged weights ({have}), drawing with unmerged ones", stacklevel=5)
+    warnings.warn(f"sample: no memory for merged weights ({have}), drawing with unmerged ones", stacklevel=6)
     return plain, False
 
 
