@@ -13,6 +13,10 @@ import goals
 import harness
 import suite
 
+from fastgfn.lab import presets
+from fastgfn.lab import table as lab_table
+from fastgfn.lab.problems import NAMES
+
 OPS = ("head", "subtb", "attention", "path_attention", "draw")
 # The settings that the tables are of; rows of other settings stay in the files.
 RNG = {"model": "smollm2-135m", "penalty": "16.0", "lora_rank": "32"}
@@ -183,6 +187,22 @@ def amount(value: float, goal: goals.Goal) -> str:
     return f"{100 * value:.3g}%" if goal.unit == "%" else f"{value:.3g}x"
 
 
+def lab(name: str) -> str:
+    """A table of the laboratory: one seed per line of the file, those of the presets' settings."""
+    rows = [r for r in read("lab") if r["overrides"] == "{}"]
+    if name == "lab":
+        own = [r for r in rows if r["problem"] in (presets.DENSE, presets.SPARSE)]
+        own = [r for r in own if r["behavior"] == "default"]
+        text = lab_table.objectives(own, presets.DENSE, presets.SPARSE)
+    elif name == "lab_problems":
+        own = [r for r in rows if (r["objective"], r["behavior"]) == ("modified_subtb", "default")]
+        text = lab_table.problems(own, NAMES)
+    else:
+        own = [r for r in rows if r["problem"] == presets.DENSE and r["objective"] == "modified_subtb"]
+        text = lab_table.behaviors(own, presets.DENSE)
+    return f"{text}\n\n{lab_table.notes(own)}" if own else text
+
+
 def speed(row: dict) -> float:
     """Tokens per second: the mean number of a round over its median time."""
     return float(row["drawn_tokens"]) / float(row["ms_p50"]) * 1e3
@@ -263,6 +283,7 @@ def main() -> None:
     text = path.read_text()
     makers = {"rng": rng, "step": step, "rollout": rollout, "goals": goal_table}
     makers |= {name: partial(op, name) for name in OPS}
+    makers |= {name: partial(lab, name) for name in ("lab", "lab_problems", "lab_behavior")}
     for name, make in makers.items():
         block = f"<!-- begin {name} -->\n{make()}\n<!-- end {name} -->"
         pattern = rf"<!-- begin {name} -->.*?<!-- end {name} -->"

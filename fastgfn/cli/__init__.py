@@ -1,4 +1,4 @@
-"""`fastgfn train|sample|bench|info`. Bad input is one line on stderr, exit code 2; all else is a defect."""
+"""`fastgfn train|sample|bench|lab|info`. Bad input is one line on stderr, code 2; all else is a defect."""
 
 import sys
 

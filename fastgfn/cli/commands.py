@@ -165,6 +165,49 @@ def bench(
 
 
 @app.command()
+def lab(
+    everything: Annotated[bool, typer.Option("--all", help="Every table of the README.")] = False,
+    problem: Annotated[list[str] | None, typer.Option(help="Name of a problem; repeatable.")] = None,
+    objective: Annotated[list[str] | None, typer.Option(help="Name of an objective; repeatable.")] = None,
+    behavior: Annotated[list[str] | None, typer.Option(help="Name of a behaviour; repeatable.")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each kind, with seeds 0, 1, ...")] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, which share the cores.")] = 1,
+    output: Annotated[Path, typer.Option(help="Folder of results; finished runs there are kept.")] = Path(
+        "runs/lab"
+    ),
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of every run.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of fastgfn.config.TrainConfig; repeatable.")
+    ] = None,
+    stop_at: Annotated[float | None, typer.Option(help="End a run at this total variation.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Run again what is there.")] = False,
+    plots: Annotated[bool, typer.Option(help="Draw curves and bars.")] = True,
+    names: Annotated[bool, typer.Option("--list", help="Print the names to choose from.")] = False,
+) -> None:
+    """Train on problems whose posterior is known, and measure the exact distance to it."""
+    from fastgfn.cli import lab as laboratory
+
+    if names:
+        return laboratory.show_list(Console())
+    overrides = _overrides(option or []) | ({} if steps is None else {"steps": steps})
+    settings = laboratory.LabSettings(
+        everything=everything,
+        problems=problem or [],
+        objectives=objective or [],
+        behaviors=behavior or [],
+        seeds=seeds,
+        jobs=jobs,
+        output=output,
+        overrides=overrides,
+        stop_at=stop_at,
+        overwrite=overwrite,
+        plots=plots,
+    )
+    if not laboratory.main(settings):
+        raise typer.Exit(130)
+
+
+@app.command()
 def info() -> None:
     """Print versions, devices and which backend serves each op."""
     import fastgfn

@@ -1,0 +1,96 @@
+"""Settings of the laboratory: one default for every problem, and what each objective and behaviour changes.
+
+A run has the settings DEFAULT | BY_MODEL[model of the problem] | the objective's | the behaviour's. They were
+tuned on the frozen problems; steps and samples alone depend on the model.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastgfn import checks
+
+DEFAULT: dict[str, Any] = dict(
+    objective="modified_subtb",
+    subtb_lambda=1.0,
+    tempered_share=(0.5, 0.0),
+    tempered_horizon=200,
+    temperature_range=(0.5, 2.0),
+    learning_rate=5e-3,
+    warmup_steps=20,
+    schedule="cosine",
+    adam_betas=(0.9, 0.99),
+    max_grad_norm=1.0,
+)
+BY_MODEL: dict[str, dict[str, Any]] = {
+    "tiny": dict(steps=600, num_samples=96),
+    "smollm2-135m": dict(steps=200, num_samples=96),
+}
+# The problems that the objectives are compared on; the behaviours on the first.
+DENSE, SPARSE = "tiny-dense", "tiny-sparse"
+# A step on two cores, for the estimate that is printed before the first run.
+SECONDS_PER_STEP = {"tiny": 0.05, "smollm2-135m": 2.0}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """settings: of fastgfn.config.TrainConfig. posterior: whether the fixed point is R's posterior: "yes",
+    "no", or where. over_prior: the reward is R^(1/T) / p_base, so that the target is everyone's."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    posterior: str = "yes"
+    over_prior: bool = False
+
+
+def _by_name(*presets: Preset) -> dict[str, Preset]:
+    return {p.name: p for p in presets}
+
+
+OBJECTIVES = _by_name(
+    Preset("modified_subtb"),
+    Preset("modified_subtb_0.9", dict(subtb_lambda=0.9)),
+    Preset("modified_db", dict(objective="modified_db")),
+    Preset("subtb", dict(objective="subtb")),
+    Preset("db", dict(objective="db")),
+    Preset("tb_scalar", dict(objective="tb", log_z="scalar")),
+    Preset("tb_head", dict(objective="tb", log_z="head")),
+    Preset("vargrad", dict(objective="vargrad")),
+    Preset("rtb", dict(objective="rtb", log_z="scalar"), over_prior=True),
+    Preset("length_normalized_tb", dict(objective="length_normalized_tb"), posterior="no"),
+    Preset("rooted_prefix_tb", dict(objective="rooted_prefix_tb"), posterior="where no reward is missing"),
+    Preset("interpolated_subtb", dict(objective="interpolated_subtb"), posterior="no"),
+)
+BEHAVIORS = _by_name(
+    Preset("default"),
+    Preset("on_policy", dict(tempered_share=(0.0, 0.0))),
+    Preset("tempered", dict(tempered_share=(1.0, 1.0))),
+    Preset("replay_75", dict(num_samples=24, replay_samples=72, replay_capacity=512)),
+    Preset("epsilon", dict(tempered_share=(0.0, 0.0), epsilon=(0.1, 0.1))),
+    Preset("local_search", dict(tempered_share=(0.0, 0.0), local_search_share=0.5)),
+    Preset("bf16_rollouts", dict(rollout_precision="bfloat16")),
+    Preset("int8_rollouts", dict(rollout_precision="int8")),
+)
+
+
+def closest(function: str, arg: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that is not known, naming the closest one."""
+    known = list(known)
+    if name in known:
+        return
+    close = difflib.get_close_matches(name, known, n=1)
+    fix = f"did you mean {close[0]!r}?" if close else "see `fastgfn lab --list`"
+    checks.fail(function, arg, f"one of {', '.join(known)}", repr(name), fix)
+
+
+def settings(model: str, objective: str, behavior: str) -> dict[str, Any]:
+    """Settings of a run of these names.
+
+    Raises:
+        InputError: an unknown name; the message has the closest known one.
+    """
+    closest("lab", "--objective", objective, OBJECTIVES)
+    closest("lab", "--behavior", behavior, BEHAVIORS)
+    own = BY_MODEL.get(model, BY_MODEL["tiny"])
+    return DEFAULT | own | OBJECTIVES[objective].settings | BEHAVIORS[behavior].settings

@@ -1,0 +1,167 @@
+"""Results as rows, and rows as tables in Markdown: of the objectives, the problems, the behaviours."""
+
+import json
+from collections.abc import Iterable, Sequence
+
+from fastgfn.lab.presets import BEHAVIORS, OBJECTIVES
+from fastgfn.lab.runs import THRESHOLD, Result, tv_between
+
+Row = dict[str, str]
+METRICS = (
+    "tv",
+    "kl_target_to_model",
+    "kl_model_to_target",
+    "log_z_error",
+    "mode_coverage",
+    "invalid_mass",
+    "termination_drift",
+    "early_stop_drift",
+    "mean_length",
+    "target_mean_length",
+)
+
+
+def rows(results: Sequence[Result]) -> list[dict]:
+    """A flat row per result, provenance apart. `tv_between` is the largest distance to the sampler of another
+    behaviour of the same problem, objective and seed, empty where there is none."""
+    found = []
+    for result in results:
+        others = [
+            other
+            for other in results
+            if other is not result and (_same(other) == _same(result)) and other.behavior != result.behavior
+        ]
+        between = max((tv_between(result, other) for other in others), default=None)
+        found.append(_row(result, between))
+    return found
+
+
+def _same(result: Result) -> tuple:
+    return result.problem, result.objective, result.seed, json.dumps(result.overrides, sort_keys=True)
+
+
+def _row(result: Result, between: float | None) -> dict:
+    reached = result.seconds_to(THRESHOLD)
+    fixed = ("problem", "kind", "model", "weights", "strings", "reward_temperature", "objective", "behavior")
+    known = {k: getattr(result, k) for k in (*fixed, "posterior", "seed")}
+    known["overrides"] = json.dumps(result.overrides, sort_keys=True)
+    known |= {k: getattr(result, k) for k in ("steps", "trajectories", "tokens")}
+    known |= {k: f"{getattr(result, k):.2f}" for k in ("seconds", "evaluation_seconds")}
+    known |= {
+        "start_tv": f"{result.start['tv']:.4g}",
+        "best_tv": f"{result.best['tv']:.4g}",
+        "seconds_to_tv": "" if reached is None else f"{reached:.2f}",
+        "tv_between": "" if between is None else f"{between:.4g}",
+    }
+    known |= {name: f"{result.end.get(name, float('nan')):.4g}" for name in METRICS}
+    return known | {"log_z_learned": f"{result.log_z_learned:.5g}", "error": result.error}
+
+
+def text_rows(made: Iterable[dict]) -> list[Row]:
+    """As a CSV file gives them back."""
+    return [{k: str(v) for k, v in row.items()} for row in made]
+
+
+def objectives(rows: Sequence[Row], dense: str, sparse: str) -> str:
+    """A line per objective: what it reached on a dense and on the sparse problem under the default
+    behaviour."""
+    header = ["objective", "fixed point is the posterior"]
+    for kind in ("dense", "sparse"):
+        names = ("TV", "worse KL", "`log_z_error`", "modes", f"s to TV <= {THRESHOLD}")
+        header += [f"{kind}: {name}" for name in names]
+    header.append("sparse: termination drift")
+    body = []
+    for name, preset in OBJECTIVES.items():
+        line = [name, preset.posterior]
+        for problem in (dense, sparse):
+            own = _select(rows, problem=problem, objective=name, behavior="default")
+            line += _reached(own)
+        own = _select(rows, problem=sparse, objective=name, behavior="default")
+        body.append([*line, spread(own, "termination_drift")])
+    return _table(header, body)
+
+
+def _reached(own: Sequence[Row]) -> list[str]:
+    if not own:
+        return ["not measured"] + [""] * 4
+    worse = [
+        row | {"kl": str(max(float(row["kl_target_to_model"]), float(row["kl_model_to_target"])))}
+        for row in own
+    ]
+    broken = " (broke off)" if any(row["error"] for row in own) else ""
+    cells = [
+        spread(own, "tv") + broken,
+        spread(worse, "kl"),
+        spread(own, "log_z_error"),
+        spread(own, "mode_coverage"),
+    ]
+    return [*cells, seconds(own)]
+
+
+def problems(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """A line per problem: the default configuration."""
+    header = ["problem", "kind", "model", "strings", "target T", "TV before", "TV", "worse KL"]
+    header += ["`log_z_error`", "modes", f"s to TV <= {THRESHOLD}", "training s"]
+    body = []
+    for name in names:
+        own = _select(rows, problem=name, objective="modified_subtb", behavior="default")
+        if not own:
+            body.append([name, *[""] * 5, "not measured", *[""] * 5])
+            continue
+        first = own[0]
+        known = [first[k] for k in ("kind", "model", "strings", "reward_temperature")]
+        body.append([name, *known, spread(own, "start_tv"), *_reached(own), spread(own, "seconds")])
+    return _table(header, body)
+
+
+def behaviors(rows: Sequence[Row], problem: str) -> str:
+    """A line per behaviour of the default objective on one problem."""
+    header = ["behaviour", "TV", "worse KL", "`log_z_error`", "modes", f"s to TV <= {THRESHOLD}"]
+    header.append("largest TV to another's sampler")
+    body = []
+    for name in BEHAVIORS:
+        own = _select(rows, problem=problem, objective="modified_subtb", behavior=name)
+        between = [row for row in own if row["tv_between"]]
+        body.append([name, *_reached(own), spread(between, "tv_between") if between else ""])
+    return _table(header, body)
+
+
+def notes(rows: Sequence[Row]) -> str:
+    """What the figures are of: seeds, weights, machine and commit."""
+    if not rows:
+        return ""
+    seeds = sorted({int(row["seed"]) for row in rows})
+    parts = [f"{len(seeds)} seeds: mean (least to most)" if len(seeds) > 1 else "One seed"]
+    parts += sorted({f"{row['model']}: {row['weights']} weights" for row in rows if row["model"] == "tiny"})
+    parts += sorted({f"{row['model']}: {row['weights']}" for row in rows if row["model"] != "tiny"})
+    parts += sorted({f"{r['device']}, {r['threads']} threads, commit {r['commit']}" for r in rows})
+    return "; ".join(parts) + ". All exact, none sampled."
+
+
+def seconds(own: Sequence[Row]) -> str:
+    """Training seconds to the threshold: of the runs that came there, and how many did."""
+    reached = [row for row in own if row["seconds_to_tv"]]
+    if not reached:
+        return "never"
+    mean = sum(float(row["seconds_to_tv"]) for row in reached) / len(reached)
+    return f"{mean:.0f}" if len(reached) == len(own) else f"{mean:.0f} ({len(reached)} of {len(own)})"
+
+
+def spread(own: Sequence[Row], column: str) -> str:
+    """Mean of a column, and least to most where there are several rows."""
+    values = [float(row[column]) for row in own if row[column]]
+    if not values:
+        return ""
+    mean = f"{sum(values) / len(values):.2g}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.2g} to {max(values):.2g})"
+
+
+def _select(rows: Sequence[Row], **known: str) -> list[Row]:
+    """The newest row of each seed with these values."""
+    own = {row["seed"]: row for row in rows if all(row[k] == v for k, v in known.items())}
+    return [own[seed] for seed in sorted(own, key=int)]
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *body]]
+    return "\n".join(lines)
