@@ -18,8 +18,9 @@ from rich.table import Table
 
 from fastgfn import checks
 from fastgfn.checkpoint import read_json, write_json
+from fastgfn.config import TrainConfig
 from fastgfn.lab import plots, presets, table
-from fastgfn.lab.problems import NAMES
+from fastgfn.lab.problems import NAMES, SPECS
 from fastgfn.lab.runs import Result, run
 
 DEFAULT_RUN = ("modified_subtb", "default")
@@ -93,6 +94,7 @@ def main(settings: LabSettings) -> bool:
     """Run what is missing, then write lab.csv, lab.md and the plots; False if it was interrupted."""
     console, output = Console(), settings.output
     wanted = specs(settings)
+    _check_settings(wanted, settings)
     if settings.plots:
         plots.require_matplotlib()
     todo = [s for s in wanted if settings.overwrite or not _is_done(s, settings)]
@@ -224,13 +226,24 @@ def _line(spec: Spec, result: Result) -> str:
     return f"{spec}: {tv} in {result.seconds:.0f} s, <= 0.05 {when}{error}"
 
 
+def _check_settings(wanted: Sequence[Spec], settings: LabSettings) -> None:
+    """Refuse settings that contradict one another before the first run, whichever run they would break."""
+    given = settings.overrides.get("seed", "none")
+    checks.check(given == "none", "lab", "--set seed", "omitted", given, "use --seeds")
+    for spec in wanted:
+        TrainConfig.from_dict(_settings(spec) | settings.overrides)
+
+
+def _settings(spec: Spec) -> dict:
+    return presets.settings(SPECS[spec.problem]["model"], spec.objective, spec.behavior)
+
+
 def _estimate(todo: Sequence[Spec], settings: LabSettings) -> str:
     """A guess from the settings alone, so that it costs nothing."""
     total = 0.0
     for spec in todo:
-        model = "smollm2-135m" if "smollm2" in spec.problem else "tiny"
-        steps = settings.overrides.get("steps", presets.BY_MODEL[model]["steps"])
-        total += steps * presets.SECONDS_PER_STEP[model] if isinstance(steps, int) else 0.0
+        known = _settings(spec) | settings.overrides
+        total += known["steps"] * presets.SECONDS_PER_STEP[SPECS[spec.problem]["model"]]
     cores = min(settings.jobs, os.cpu_count() or 1)
     return f"about {max(1, round(total / 60 / cores))} minutes to go" if todo else "nothing to do"
 

@@ -28,7 +28,7 @@ BY_MODEL: dict[str, dict[str, Any]] = {
     "smollm2-135m": dict(steps=200, num_samples=96),
 }
 # The problems that the objectives are compared on; the behaviours on the first.
-DENSE, SPARSE = "tiny-dense", "tiny-sparse"
+DENSE, SPARSE = "tiny-other", "tiny-sum"
 # A step on two cores, for the estimate that is printed before the first run.
 SECONDS_PER_STEP = {"tiny": 0.05, "smollm2-135m": 2.0}
 
@@ -66,9 +66,9 @@ BEHAVIORS = _by_name(
     Preset("default"),
     Preset("on_policy", dict(tempered_share=(0.0, 0.0))),
     Preset("tempered", dict(tempered_share=(1.0, 1.0))),
-    Preset("replay_75", dict(num_samples=24, replay_samples=72, replay_capacity=512)),
+    Preset("replay_75", dict(num_samples=24, replay_share=(0.75, 0.75), replay_capacity=512)),
     Preset("epsilon", dict(tempered_share=(0.0, 0.0), epsilon=(0.1, 0.1))),
-    Preset("local_search", dict(tempered_share=(0.0, 0.0), local_search_share=0.5)),
+    Preset("local_search", dict(tempered_share=(0.0, 0.0), local_search_samples=(32, 32))),
     Preset("bf16_rollouts", dict(rollout_precision="bfloat16")),
     Preset("int8_rollouts", dict(rollout_precision="int8")),
 )

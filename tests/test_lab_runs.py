@@ -1,0 +1,286 @@
+"""Runs of the laboratory: reproducible, resumable, counted in training seconds, refused early."""
+
+import csv
+import json
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastgfn.checks import InputError
+from fastgfn.cli import lab as command
+from fastgfn.cli import main
+from fastgfn.lab import presets, runs, table
+from fastgfn.lab.problems import NAMES, build_problem
+from fastgfn.packing import pack
+from fastgfn.rewards import log_reward
+from fastgfn.rollout import sample
+
+SPEC = {
+    "name": "smallest",
+    "about": "the digits add up to 3",
+    "kind": "sparse",
+    "model": "tiny",
+    "vocab_size": 4,
+    "base_seed": 0,
+    "peak": 2.0,
+    "prompts": [[1], [2, 3]],
+    "stop": 0,
+    "min_length": 0,
+    "max_length": 2,
+    "reward": {"type": "digit_sum", "target": 3, "log_miss": -3.0},
+    "reward_temperature": 0.5,
+    "num_strings": 13,
+}
+# as many samples as let every step be evaluated
+FEW = {"steps": 3, "num_samples": 32, "warmup_steps": 1, "replay_samples": 0}
+EXACT = set(table.METRICS)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return lambda seed=0: build_problem(SPEC, seed=seed, lora_rank=2)
+
+
+@pytest.fixture(scope="module")
+def finished(problem):
+    return [runs.run(problem(seed), seed=seed, overrides=FEW) for seed in (0, 1)]
+
+
+@pytest.fixture
+def small(monkeypatch, problem, tmp_path):
+    """The command on the smallest problem, in an empty folder: (exit code, output, error output)."""
+    monkeypatch.setattr(runs, "load_problem", lambda name, *, seed: replace(problem(seed), name=name))
+    monkeypatch.chdir(tmp_path)
+
+    def call(capsys, *args):
+        monkeypatch.setattr(sys, "argv", ["fastgfn", "lab", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code, *capsys.readouterr()
+
+    return call
+
+
+def _exact(result):
+    return [{k: v for k, v in point.items() if k != "seconds"} for point in result.curve]
+
+
+def test_a_run_reproduces_itself_by_seed(problem, finished):
+    again = runs.run(problem(), seed=0, overrides=FEW)
+    first, other = finished
+    assert _exact(again) == _exact(first) and again.log_q == first.log_q
+    assert first.log_q != other.log_q
+    assert [point["step"] for point in first.curve] == [0, 1, 2, 3]
+    assert set(first.end) >= EXACT and first.strings == 26 and first.error == ""
+    assert first.steps == 3 and first.trajectories == 96 and first.tokens >= 96
+
+
+def test_the_whole_budget_is_spent_unless_asked(problem):
+    whole = runs.run(problem(), overrides=FEW)
+    cut = runs.run(problem(), overrides=FEW, stop_at=1.0)
+    assert (whole.steps, cut.steps) == (3, 1) and _exact(cut) == _exact(whole)[:2]
+
+
+def test_training_lowers_the_exact_distance(problem):
+    result = runs.run(problem(), overrides={"steps": 25, "learning_rate": 3e-2, "warmup_steps": 3})
+    assert result.start["tv"] > 0.5 and result.end["tv"] < result.start["tv"] / 2
+    assert 0 < result.seconds_to(0.5) <= result.seconds and result.best["tv"] <= result.end["tv"]
+    target = problem().posteriors[0].log_target.exp()
+    own = 0.5 * float((torch.tensor(result.log_q[0], dtype=torch.float64).exp() - target).abs().sum())
+    assert own <= result.end["tv"] + 1e-6
+
+
+def test_evaluation_does_not_count_as_training(problem, monkeypatch):
+    """A clock that only moves in an evaluation."""
+    clock, evaluate = [0.0], type(problem()).evaluate
+
+    def slow(self):
+        clock[0] += 7.0
+        return evaluate(self)
+
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(type(problem()), "evaluate", slow)
+    result = runs.run(problem(), overrides=FEW)
+    assert result.seconds == 0.0 and result.evaluation_seconds == 7.0 * len(result.curve)
+
+
+@pytest.mark.parametrize(
+    ("distances", "want"),
+    [
+        ([0.9, 0.04, 0.03], 1.0),
+        ([0.9, 0.04, 0.06, 0.05, 0.01], 3.0),
+        ([0.9, 0.04, 0.06], None),
+        ([0.9, 0.04, math.nan, 0.01], 3.0),
+        ([0.9, 0.2], None),
+        ([0.05], 0.0),
+    ],
+)
+def test_seconds_to_a_threshold_that_is_kept(distances, want):
+    curve = [{"seconds": float(i), "tv": tv} for i, tv in enumerate(distances)]
+    assert runs.seconds_to(curve, 0.05) == want
+
+
+def test_few_evaluations_where_strings_are_many(problem):
+    few = problem()
+    config = runs.TrainConfig(steps=400, num_samples=10)
+    assert runs.evaluate_every(few, config) == 10
+    many = replace(few, posteriors=few.posteriors * 500)
+    nodes = sum(p.tree.num_nodes for p in many.posteriors)
+    every = runs.evaluate_every(many, config)
+    # half of the longest sequences, five passes over each step's nodes
+    assert nodes / every == pytest.approx(0.2 * 5 * 10 * 1, rel=0.02)
+
+
+def test_a_run_that_breaks_off_says_why(problem, monkeypatch):
+    step = runs.Trainer.step
+
+    def breaks(self):
+        if self.steps_done == 2:
+            raise InputError("Trainer.step: the gradient norm must be finite, got nan; lower learning_rate")
+        return step(self)
+
+    monkeypatch.setattr(runs.Trainer, "step", breaks)
+    result = runs.run(problem(), overrides=FEW)
+    assert result.steps == 2 and result.end["step"] == 2 and "lower learning_rate" in result.error
+    assert "(broke off)" in table.problems(table.text_rows(_rows([result])), ["smallest"])
+
+
+def test_a_relative_objective_has_the_same_target(problem):
+    """log of the reward that it is given, plus log p_base, is log R / T on every string."""
+    own = problem()
+    drawn = sample(own.prompts, policy=own.policy, constraints=own.constraints, num_samples=30, seed=1)
+    tree = pack(drawn)
+    given = log_reward(tree, reward=runs.OverPrior(own.reward, own.reward_temperature, own.policy.reference))
+    base = problem()
+    with torch.no_grad():
+        for name, p in base.policy.parameters():
+            if "lora_B" in name:
+                p.zero_()
+    log_p = [dict(zip(map(tuple, x.sequences), y, strict=True)) for x, y in _log_probs(base)]
+    targets = [dict(zip(map(tuple, p.sequences), p.log_reward, strict=True)) for p in own.posteriors]
+    for z, group, leaf in zip(drawn.sequences(), drawn.group.tolist(), tree.leaf.tolist(), strict=True):
+        want = float(targets[group][tuple(z)]) - float(log_p[group][tuple(z)])
+        assert float(given[leaf]) == pytest.approx(want, abs=1e-5)
+
+
+def _log_probs(problem):
+    return [(p, runs.log_probs(p, problem.policy)) for p in problem.posteriors]
+
+
+def _rows(results):
+    return [r.provenance | row for r, row in zip(results, table.rows(results), strict=True)]
+
+
+def test_tables_have_a_line_each_and_say_what_is_missing(finished):
+    first, second = finished
+    changed = [replace(r, behavior="epsilon", log_q=[[0.0] + [-99.0] * 12] * 2) for r in finished]
+    rows = table.text_rows(_rows([first, second, *changed]))
+    assert rows[0]["tv"] == f"{first.end['tv']:.4g}" and rows[0]["seconds_to_tv"] == ""
+    want = runs.tv_between(first, changed[0])
+    assert 0 < want <= 1 and rows[0]["tv_between"] == rows[2]["tv_between"] == f"{want:.4g}"
+    lines = table.objectives(rows, "smallest", "absent").splitlines()
+    assert len(lines) == 2 + len(presets.OBJECTIVES) == 14
+    mean = (first.end["tv"] + second.end["tv"]) / 2
+    assert lines[2].startswith(f"| modified_subtb | yes | {mean:.2g} (") and "| never |" in lines[2]
+    assert all(line.count("not measured") == (1 if i == 0 else 2) for i, line in enumerate(lines[2:]))
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    shown = table.behaviors(rows, "smallest").splitlines()
+    assert len(shown) == 2 + len(presets.BEHAVIORS) and f"{want:.2g} (" in shown[2]
+    assert "| smallest | sparse | tiny | 26 | 0.5 |" in table.problems(rows, ["smallest", "absent"])
+    assert table.notes(rows).startswith("2 seeds") and first.provenance["commit"] in table.notes(rows)
+    assert table.notes([]) == ""
+
+
+def test_the_command_keeps_finished_runs(small, capsys, tmp_path):
+    options = ("--output", "lab", "--problem", NAMES[0], "--seeds", 2, "--steps", 3, "--set", "num_samples=4")
+    code, out, _ = small(capsys, *options)
+    assert code == 0 and "2 runs, 0 of them done" in out
+    files = sorted((tmp_path / "lab").glob("*/*.json"))
+    assert [f.name for f in files] == [f"modified_subtb-default-{seed}.json" for seed in (0, 1)]
+    before = [f.read_bytes() for f in files]
+    result = command.load(files[0])
+    assert result.steps == 3 and {"commit", "device", "threads", "torch"} <= result.provenance.keys()
+    with (tmp_path / "lab" / "lab.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 and json.loads(rows[0]["overrides"]) == {"num_samples": 4, "steps": 3}
+    assert f"| {NAMES[0]} |" in (tmp_path / "lab" / "lab.md").read_text()
+    assert (tmp_path / "lab" / f"curves-{NAMES[0]}.svg").stat().st_size > 1000
+    assert (tmp_path / "lab" / "bars.svg").exists()
+    code, out, _ = small(capsys, *options, "--no-plots")
+    assert code == 0 and "2 runs, 2 of them done; nothing to do" in out
+    assert [f.read_bytes() for f in files] == before
+    code, _, error = small(capsys, *options[:-1], "num_samples=5")
+    assert code == 2 and "pass --overwrite or another --output" in error and error.count("\n") == 1
+    files[0].write_text("{}")
+    code, _, error = small(capsys, *options)
+    assert code == 2 and "must be a result of `fastgfn lab`" in error and error.count("\n") == 1
+
+
+def test_ctrl_c_keeps_what_is_finished(small, capsys, tmp_path, monkeypatch):
+    seen, run = [], runs.run
+
+    def interrupted(*args, **options):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return run(*args, **options)
+
+    monkeypatch.setattr(command, "run", interrupted)
+    options = ("--output", "lab", "--problem", NAMES[0], "--seeds", 3, "--steps", 1, "--no-plots")
+    code, out, _ = small(capsys, *options)
+    assert code == 130 and "finished runs are kept" in out
+    assert len(list((tmp_path / "lab").glob("*/*.json"))) == 1 and (tmp_path / "lab" / "lab.md").exists()
+    monkeypatch.setattr(command, "run", run)
+    code, out, _ = small(capsys, *options)
+    assert code == 0 and "3 runs, 1 of them done" in out
+
+
+def test_the_list_names_everything(small, capsys):
+    code, out, _ = small(capsys, "--list")
+    assert code == 0
+    assert all(name in out for name in (*NAMES, *presets.OBJECTIVES, *presets.BEHAVIORS))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--problem", f"{NAMES[0]}s"], f"did you mean '{NAMES[0]}'?"),
+        (["--problem", NAMES[0], "--objective", "vargard"], "did you mean 'vargrad'?"),
+        (["--problem", NAMES[0], "--behavior", "on-policy"], "did you mean 'on_policy'?"),
+        (["--problem", NAMES[0], "--set", "learning_rat=1"], "did you mean 'learning_rate'?"),
+        (["--all", "--objective", "vargrad"], "a choice of runs beside --all must be omitted, got vargrad"),
+        ([], "--problem must be given, got none; pass --problem NAME (see --list) or --all"),
+        (["--objective", "vargrad"], "--problem must be given"),
+        (["--all", "--seeds", "0"], "--seeds must be >= 1, got 0"),
+        (["--all", "--jobs", "0"], "--jobs must be >= 1, got 0"),
+        (["--problem", NAMES[0], "--steps", "0"], "steps must be >= 1, got 0"),
+        (["--problem", NAMES[0], "--set", "seed=3"], "seed must be omitted"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(small, capsys, tmp_path, args, message):
+    code, _, error = small(capsys, *args, "--output", "lab")
+    assert code == 2 and message in error and error.count("\n") == 1, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_is_every_table_once():
+    settings = command.LabSettings(
+        everything=True, problems=[], objectives=[], behaviors=[], seeds=2, jobs=1, output=None,
+        overrides={}, stop_at=None, overwrite=False, plots=False,
+    )  # fmt: skip
+    found = command.specs(settings)
+    assert len(found) == len(set(found)) and {s.problem for s in found} == set(NAMES)
+    one = [s for s in found if s.seed == 0]
+    others = len(presets.OBJECTIVES) - 1
+    assert len(one) == len(NAMES) + 2 * others + len(presets.BEHAVIORS) - 1
+    assert {presets.DENSE, presets.SPARSE} <= set(NAMES)
+
+
+def test_presets_are_settings(problem):
+    for name in presets.BEHAVIORS:
+        runs.TrainConfig.from_dict(presets.settings("tiny", "modified_subtb", name))
+    for name in presets.OBJECTIVES:
+        runs.TrainConfig.from_dict(presets.settings("smollm2-135m", name, "default"))
