@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 SEED ?= 0
 RUN ?= runs/demo
+LAB ?= runs/lab
 REPORT ?= .benchmarks/full.json
 # The extension is built against this torch; CUDA machines may set TORCH to an installed version's pin.
 TORCH ?= torch==2.13.0
@@ -12,7 +13,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 OLDEST = .venv-oldest
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 
-.PHONY: install demo test test-oldest fuzz lint bench gpu-check
+.PHONY: install demo lab test test-oldest fuzz lint bench gpu-check
 
 install: $(VENV)/installed
 
@@ -27,6 +28,10 @@ $(VENV)/installed: $(SOURCES)
 
 demo: install
 	$(VENV)/bin/fastgfn train rng --output $(RUN) --seed $(SEED) --overwrite
+
+# The tables of the laboratory; a second run goes on where the first was stopped.
+lab: install
+	$(VENV)/bin/fastgfn lab --all --output $(LAB)
 
 test: install
 	$(VENV)/bin/pytest $(PARALLEL)

@@ -188,7 +188,7 @@ def amount(value: float, goal: goals.Goal) -> str:
 
 
 def lab(name: str) -> str:
-    """A table of the laboratory: one seed per line of the file, those of the presets' settings."""
+    """A table of the laboratory, of the presets' settings alone."""
     rows = [r for r in read("lab") if r["overrides"] == "{}"]
     if name == "lab":
         own = [r for r in rows if r["problem"] in (presets.DENSE, presets.SPARSE)]
