@@ -1,7 +1,7 @@
 """Settings of the laboratory: one default for every problem, and what each objective and behaviour changes.
 
 A run has the settings DEFAULT | BY_MODEL[model of the problem] | the objective's | the behaviour's. They were
-tuned on the frozen problems; steps and samples alone depend on the model.
+tuned on the frozen problems; the number of steps alone depends on the model.
 """
 
 import difflib
@@ -14,9 +14,14 @@ from fastgfn import checks
 DEFAULT: dict[str, Any] = dict(
     objective="modified_subtb",
     subtb_lambda=1.0,
-    tempered_share=(0.5, 0.0),
+    num_samples=64,
+    tempered_share=(0.5, 0.2),
     tempered_horizon=200,
-    temperature_range=(0.5, 2.0),
+    temperature_range=(0.5, 4.0),
+    replay_samples=48,
+    replay_capacity=512,
+    replay_duplicates="exact",
+    replay_priority="reward",
     learning_rate=5e-3,
     warmup_steps=20,
     schedule="cosine",
@@ -24,8 +29,8 @@ DEFAULT: dict[str, Any] = dict(
     max_grad_norm=1.0,
 )
 BY_MODEL: dict[str, dict[str, Any]] = {
-    "tiny": dict(steps=600, num_samples=96),
-    "smollm2-135m": dict(steps=200, num_samples=96),
+    "tiny": dict(steps=600),
+    "smollm2-135m": dict(steps=200),
 }
 # The problems that the objectives are compared on; the behaviours on the first.
 DENSE, SPARSE = "tiny-other", "tiny-sum"
@@ -62,13 +67,15 @@ OBJECTIVES = _by_name(
     Preset("rooted_prefix_tb", dict(objective="rooted_prefix_tb"), posterior="where no reward is missing"),
     Preset("interpolated_subtb", dict(objective="interpolated_subtb"), posterior="no"),
 )
+# All train on as many sequences in a step. Those of lower precision are the default but for that.
+ALONE = dict(num_samples=112, replay_samples=0, tempered_share=(0.0, 0.0))
 BEHAVIORS = _by_name(
     Preset("default"),
-    Preset("on_policy", dict(tempered_share=(0.0, 0.0))),
-    Preset("tempered", dict(tempered_share=(1.0, 1.0))),
-    Preset("replay_75", dict(num_samples=24, replay_share=(0.75, 0.75), replay_capacity=512)),
-    Preset("epsilon", dict(tempered_share=(0.0, 0.0), epsilon=(0.1, 0.1))),
-    Preset("local_search", dict(tempered_share=(0.0, 0.0), local_search_samples=(32, 32))),
+    Preset("on_policy", ALONE),
+    Preset("tempered", ALONE | dict(tempered_share=(1.0, 1.0))),
+    Preset("replay_75", ALONE | dict(num_samples=28, replay_share=(0.75, 0.75))),
+    Preset("epsilon", ALONE | dict(epsilon=(0.1, 0.1))),
+    Preset("local_search", ALONE | dict(num_samples=80, local_search_samples=(32, 32))),
     Preset("bf16_rollouts", dict(rollout_precision="bfloat16")),
     Preset("int8_rollouts", dict(rollout_precision="int8")),
 )
