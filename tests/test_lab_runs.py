@@ -35,7 +35,7 @@ SPEC = {
     "num_strings": 13,
 }
 # as many samples as let every step be evaluated
-FEW = {"steps": 3, "num_samples": 32, "warmup_steps": 1, "replay_samples": 0}
+FEW = {"steps": 3, "num_samples": 32, "warmup_steps": 1, "replay_share": (0.0, 0.0)}
 EXACT = set(table.METRICS)
 
 
@@ -85,7 +85,7 @@ def test_the_whole_budget_is_spent_unless_asked(problem):
 
 
 def test_training_lowers_the_exact_distance(problem):
-    result = runs.run(problem(), overrides={"steps": 25, "learning_rate": 3e-2, "warmup_steps": 3})
+    result = runs.run(problem(), overrides={"steps": 40, "learning_rate": 2e-2, "warmup_steps": 3})
     assert result.start["tv"] > 0.5 and result.end["tv"] < result.start["tv"] / 2
     assert 0 < result.seconds_to(0.5) <= result.seconds and result.best["tv"] <= result.end["tv"]
     target = problem().posteriors[0].log_target.exp()

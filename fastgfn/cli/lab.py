@@ -231,19 +231,19 @@ def _check_settings(wanted: Sequence[Spec], settings: LabSettings) -> None:
     given = settings.overrides.get("seed", "none")
     checks.check(given == "none", "lab", "--set seed", "omitted", given, "use --seeds")
     for spec in wanted:
-        TrainConfig.from_dict(_settings(spec) | settings.overrides)
+        TrainConfig.from_dict(_settings(spec, settings))
 
 
-def _settings(spec: Spec) -> dict:
-    return presets.settings(SPECS[spec.problem]["model"], spec.objective, spec.behavior)
+def _settings(spec: Spec, settings: LabSettings) -> dict:
+    model = SPECS[spec.problem]["model"]
+    return presets.settings(model, spec.objective, spec.behavior, settings.overrides)
 
 
 def _estimate(todo: Sequence[Spec], settings: LabSettings) -> str:
     """A guess from the settings alone, so that it costs nothing."""
     total = 0.0
     for spec in todo:
-        known = _settings(spec) | settings.overrides
-        total += known["steps"] * presets.SECONDS_PER_STEP[SPECS[spec.problem]["model"]]
+        total += _settings(spec, settings)["steps"] * presets.SECONDS_PER_STEP[SPECS[spec.problem]["model"]]
     cores = min(settings.jobs, os.cpu_count() or 1)
     return f"about {max(1, round(total / 60 / cores))} minutes to go" if todo else "nothing to do"
 

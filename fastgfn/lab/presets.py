@@ -11,14 +11,18 @@ from typing import Any
 
 from fastgfn import checks
 
+# What looks for modes, far from the policy, ends at EXPLORED of the steps: a small model spends capacity on
+# strings that hardly count, and the last steps fit those that do.
+EXPLORED = 0.6
 DEFAULT: dict[str, Any] = dict(
     objective="modified_subtb",
     subtb_lambda=1.0,
-    num_samples=64,
-    tempered_share=(0.5, 0.2),
-    tempered_horizon=200,
+    num_samples=80,
+    tempered_share=(0.5, 0.0),
     temperature_range=(0.5, 4.0),
-    replay_samples=48,
+    epsilon=(0.5, 0.0),
+    epsilon_share=0.25,
+    replay_share=(0.5, 0.0),
     replay_capacity=512,
     replay_duplicates="exact",
     replay_priority="reward",
@@ -28,6 +32,7 @@ DEFAULT: dict[str, Any] = dict(
     adam_betas=(0.9, 0.99),
     max_grad_norm=1.0,
 )
+HORIZONS = ("tempered_horizon", "epsilon_horizon", "replay_horizon")
 BY_MODEL: dict[str, dict[str, Any]] = {
     "tiny": dict(steps=600),
     "smollm2-135m": dict(steps=200),
@@ -57,8 +62,8 @@ OBJECTIVES = _by_name(
     Preset("modified_subtb"),
     Preset("modified_subtb_0.9", dict(subtb_lambda=0.9)),
     Preset("modified_db", dict(objective="modified_db")),
-    Preset("subtb", dict(objective="subtb")),
-    Preset("db", dict(objective="db")),
+    Preset("subtb", dict(objective="subtb", log_z="head")),
+    Preset("db", dict(objective="db", log_z="head")),
     Preset("tb_scalar", dict(objective="tb", log_z="scalar")),
     Preset("tb_head", dict(objective="tb", log_z="head")),
     Preset("vargrad", dict(objective="vargrad")),
@@ -67,15 +72,15 @@ OBJECTIVES = _by_name(
     Preset("rooted_prefix_tb", dict(objective="rooted_prefix_tb"), posterior="where no reward is missing"),
     Preset("interpolated_subtb", dict(objective="interpolated_subtb"), posterior="no"),
 )
-# All train on as many sequences in a step. Those of lower precision are the default but for that.
-ALONE = dict(num_samples=112, replay_samples=0, tempered_share=(0.0, 0.0))
+# None of these ever changes but the default, whose rollouts those of lower precision are.
+ALONE = dict(num_samples=120, tempered_share=(0.0, 0.0), epsilon=(0.0, 0.0), replay_share=(0.0, 0.0))
 BEHAVIORS = _by_name(
     Preset("default"),
     Preset("on_policy", ALONE),
-    Preset("tempered", ALONE | dict(tempered_share=(1.0, 1.0))),
-    Preset("replay_75", ALONE | dict(num_samples=28, replay_share=(0.75, 0.75))),
-    Preset("epsilon", ALONE | dict(epsilon=(0.1, 0.1))),
-    Preset("local_search", ALONE | dict(num_samples=80, local_search_samples=(32, 32))),
+    Preset("tempered", ALONE | dict(tempered_share=(1.0, 1.0), temperature_range=(0.5, 2.0))),
+    Preset("replay_75", ALONE | dict(num_samples=30, replay_share=(0.75, 0.75))),
+    Preset("epsilon", ALONE | dict(epsilon=(0.1, 0.1), epsilon_share=1.0)),
+    Preset("local_search", ALONE | dict(num_samples=88, local_search_samples=(32, 32))),
     Preset("bf16_rollouts", dict(rollout_precision="bfloat16")),
     Preset("int8_rollouts", dict(rollout_precision="int8")),
 )
@@ -91,13 +96,18 @@ def closest(function: str, arg: str, name: str, known: Iterable[str]) -> None:
     checks.fail(function, arg, f"one of {', '.join(known)}", repr(name), fix)
 
 
-def settings(model: str, objective: str, behavior: str) -> dict[str, Any]:
-    """Settings of a run of these names.
+def settings(
+    model: str, objective: str, behavior: str, overrides: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Settings of a run of these names, with `overrides` over the presets'.
 
     Raises:
         InputError: an unknown name; the message has the closest known one.
     """
     closest("lab", "--objective", objective, OBJECTIVES)
     closest("lab", "--behavior", behavior, BEHAVIORS)
-    own = BY_MODEL.get(model, BY_MODEL["tiny"])
-    return DEFAULT | own | OBJECTIVES[objective].settings | BEHAVIORS[behavior].settings
+    found = DEFAULT | BY_MODEL[model] | OBJECTIVES[objective].settings | BEHAVIORS[behavior].settings
+    found |= overrides or {}
+    steps = found["steps"]
+    explored = max(1, round(EXPLORED * steps)) if isinstance(steps, int) else 1
+    return {name: explored for name in HORIZONS} | found

@@ -133,12 +133,12 @@ def run(
     if isinstance(problem, str):
         presets.closest("lab", "--problem", problem, NAMES)
         problem = load_problem(problem, seed=seed)
-    given = presets.settings(problem.model, objective, behavior)
-    given |= {"reward_temperature": (problem.reward_temperature,) * 2} | overrides | {"seed": seed}
-    if presets.OBJECTIVES[objective].over_prior:
-        given["reward_temperature"] = (1.0, 1.0)
+    given = presets.settings(problem.model, objective, behavior, overrides)
+    over_prior = presets.OBJECTIVES[objective].over_prior
+    temperature = 1.0 if over_prior else problem.reward_temperature
+    given = {"reward_temperature": (temperature, temperature)} | given | {"seed": seed}
     config = TrainConfig.from_dict(given)
-    trainer = make_trainer(problem, config, over_prior=presets.OBJECTIVES[objective].over_prior)
+    trainer = make_trainer(problem, config, over_prior=over_prior)
     curve, seconds, evaluation, learned, error = _train(trainer, problem, stop_at, on_step)
     return Result(
         problem=problem.name,
