@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import multiprocessing
 import os
 import signal
@@ -137,8 +138,7 @@ def report(results: Sequence[Result], output: Path, *, with_plots: bool) -> None
         writer.writeheader()
         writer.writerows(made)
     rows = table.text_rows(made)
-    names = list(dict.fromkeys([*(n for n in NAMES if any(r["problem"] == n for r in rows))]))
-    names += sorted({r["problem"] for r in rows} - set(names))
+    names = sorted({r["problem"] for r in rows}, key=NAMES.index)
     parts = [
         ("Problems", table.problems(rows, names)),
         ("Objectives", table.objectives(rows, presets.DENSE, presets.SPARSE)),
@@ -165,9 +165,16 @@ def _is_done(spec: Spec, settings: LabSettings) -> bool:
     path = spec.path(settings.output)
     if not path.exists():
         return False
-    have, fix = load(path).overrides, "pass --overwrite or another --output"
-    same = have == settings.overrides
-    checks.check(same, "lab", f"settings of {path}", settings.overrides, have, fix)
+    result, fix = load(path), "pass --overwrite or another --output"
+    want, have = settings.overrides, result.overrides
+    if have == want:
+        # the presets may be others since
+        known = json.loads(json.dumps(_settings(spec, settings)))
+        have = {key: result.settings.get(key) for key in known}
+        want = known
+    different = [key for key in want | have if want.get(key) != have.get(key)]
+    shown = [{key: values.get(key) for key in different} for values in (want, have)]
+    checks.check(not different, "lab", f"settings of {path}", *shown, fix)
     return True
 
 
