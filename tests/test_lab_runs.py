@@ -85,9 +85,11 @@ def test_the_whole_budget_is_spent_unless_asked(problem):
 
 
 def test_training_lowers_the_exact_distance(problem):
-    result = runs.run(problem(), overrides={"steps": 40, "learning_rate": 2e-2, "warmup_steps": 3})
+    result = runs.run(
+        problem(), overrides={"steps": 40, "num_samples": 24, "learning_rate": 2e-2, "warmup_steps": 3}
+    )
     assert result.start["tv"] > 0.5 and result.end["tv"] < result.start["tv"] / 2
-    assert 0 < result.seconds_to(0.5) <= result.seconds and result.best["tv"] <= result.end["tv"]
+    assert 0 < result.seconds_to(0.6) <= result.seconds and result.best["tv"] <= result.end["tv"]
     target = problem().posteriors[0].log_target.exp()
     own = 0.5 * float((torch.tensor(result.log_q[0], dtype=torch.float64).exp() - target).abs().sum())
     assert own <= result.end["tv"] + 1e-6
@@ -145,7 +147,7 @@ def test_a_run_that_breaks_off_says_why(problem, monkeypatch):
     monkeypatch.setattr(runs.Trainer, "step", breaks)
     result = runs.run(problem(), overrides=FEW)
     assert result.steps == 2 and result.end["step"] == 2 and "lower learning_rate" in result.error
-    assert "(broke off)" in table.problems(table.text_rows(_rows([result])), ["smallest"])
+    assert ", broke off |" in table.problems(table.text_rows(_rows([result])), ["smallest"])
 
 
 def test_a_relative_objective_has_the_same_target(problem):
@@ -184,7 +186,11 @@ def test_tables_have_a_line_each_and_say_what_is_missing(finished):
     lines = table.objectives(rows, "smallest", "absent").splitlines()
     assert len(lines) == 2 + len(presets.OBJECTIVES) == 14
     mean = (first.end["tv"] + second.end["tv"]) / 2
-    assert lines[2].startswith(f"| modified_subtb | yes | {mean:.2g} (") and "| never |" in lines[2]
+    assert (
+        lines[2].startswith(f"| modified_subtb | yes | {mean:.2g} (")
+        and "), fails |" in lines[2]
+        and "| never |" in lines[2]
+    )
     assert all(line.count("not measured") == (1 if i == 0 else 2) for i, line in enumerate(lines[2:]))
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     shown = table.behaviors(rows, "smallest").splitlines()

@@ -107,7 +107,7 @@ def main(settings: LabSettings) -> bool:
     try:
         for spec, result in _results(todo, settings, console):
             write_json(spec.path(output), result.to_dict())
-            console.print(_line(spec, result), highlight=False)
+            console.print(_line(spec, result), highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
         interrupted = True
         console.print("interrupted; finished runs are kept, the same command goes on with the others")
