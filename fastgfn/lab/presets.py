@@ -70,7 +70,9 @@ OBJECTIVES = _by_name(
     Preset("rtb", dict(objective="rtb", log_z="scalar"), over_prior=True),
     Preset("length_normalized_tb", dict(objective="length_normalized_tb"), posterior="no"),
     Preset("rooted_prefix_tb", dict(objective="rooted_prefix_tb"), posterior="where no reward is missing"),
-    Preset("interpolated_subtb", dict(objective="interpolated_subtb"), posterior="no"),
+    Preset(
+        "interpolated_subtb", dict(objective="interpolated_subtb", interpolation_segment=2), posterior="no"
+    ),
 )
 # None of these ever changes but the default, whose rollouts those of lower precision are.
 ALONE = dict(num_samples=120, tempered_share=(0.0, 0.0), epsilon=(0.0, 0.0), replay_share=(0.0, 0.0))

@@ -137,6 +137,10 @@ def run(
     over_prior = presets.OBJECTIVES[objective].over_prior
     temperature = 1.0 if over_prior else problem.reward_temperature
     given = {"reward_temperature": (temperature, temperature)} | given | {"seed": seed}
+    if given["objective"] == "rooted_prefix_tb" and problem.kind == "sparse":
+        # what every string without a reward has
+        lowest = min(float(posterior.log_reward.min()) for posterior in problem.posteriors)
+        given.setdefault("rooted_missing_reward", lowest)
     config = TrainConfig.from_dict(given)
     trainer = make_trainer(problem, config, over_prior=over_prior)
     curve, seconds, evaluation, learned, error = _train(trainer, problem, stop_at, on_step)
