@@ -33,11 +33,8 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def label(result: Result) -> str:
-    if result.behavior == "default":
-        return result.objective
-    return (
-        result.behavior if result.objective == "modified_subtb" else f"{result.objective}, {result.behavior}"
-    )
+    names = [n for n in (result.objective, result.behavior) if n not in ("modified_subtb", "default")]
+    return ", ".join(names) or "default"
 
 
 def _curves(results: Sequence[Result], problem: str, path: Path) -> None:
@@ -47,10 +44,11 @@ def _curves(results: Sequence[Result], problem: str, path: Path) -> None:
     names = list(dict.fromkeys(map(label, results)))
     for result in results:
         points = [(p["seconds"], max(p["tv"], 1e-4)) for p in result.curve]
-        number, first = names.index(label(result)), result.seed == min(r.seed for r in results)
+        number = names.index(label(result))
         line = ("-", "--", ":")[number // 10 % 3]
-        axes.plot(*zip(*points, strict=True), line, color=f"C{number % 10}", lw=1.2,
-                  label=label(result) if first else None)  # fmt: skip
+        (drawn,) = axes.plot(*zip(*points, strict=True), line, color=f"C{number % 10}", lw=1.2)
+        if label(result) not in axes.get_legend_handles_labels()[1]:
+            drawn.set_label(label(result))
     axes.axhline(THRESHOLD, color="grey", lw=0.8)
     axes.set(yscale="log", xlabel="training seconds", ylabel="total variation", title=problem)
     axes.grid(alpha=0.3)
