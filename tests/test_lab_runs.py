@@ -6,7 +6,10 @@ import math
 import sys
 from dataclasses import replace
 
+import harness
+import lab_rows
 import pytest
+import tables
 import torch
 
 from fastgfn.checks import InputError
@@ -198,6 +201,32 @@ def test_tables_have_a_line_each_and_say_what_is_missing(finished):
     assert "| smallest | sparse | tiny | 26 | 0.5 |" in table.problems(rows, ["smallest", "absent"])
     assert table.notes(rows).startswith("2 seeds") and first.provenance["commit"] in table.notes(rows)
     assert table.notes([]) == ""
+
+
+def test_rows_make_the_tables_of_the_readme(finished, tmp_path, monkeypatch):
+    """Rows with the provenance of their run, of clean commits, without overrides."""
+    folder = tmp_path / "cpu"
+    stamp = finished[0].provenance | {"dirty": 0}
+    clean = [replace(r, problem=presets.SPARSE, overrides={}, provenance=stamp) for r in finished]
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    empty = {name: tables.lab(name) for name in ("lab", "lab_problems", "lab_behavior")}
+    assert all("not measured" in text and stamp["commit"] not in text for text in empty.values())
+    dirty = replace(clean[0], provenance=stamp | {"dirty": 1})
+    for result in (dirty, replace(clean[0], overrides={"steps": 3}), *clean):
+        target = command.Spec(result.problem, "modified_subtb", "default", result.seed).path(
+            tmp_path / "runs"
+        )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(result.to_dict()))
+        monkeypatch.setattr(sys, "argv", ["lab_rows.py", str(tmp_path / "runs"), "--out", str(folder)])
+        lab_rows.main()
+    with (folder / "lab.csv").open(newline="") as file:
+        assert [r["dirty"] for r in csv.DictReader(file)].count("0") == 4
+    mean = f"{(finished[0].end['tv'] + finished[1].end['tv']) / 2:.2g}"
+    for name, line in (("lab", "| modified_subtb |"), ("lab_problems", f"| {presets.SPARSE} |")):
+        (found,) = [x for x in tables.lab(name).splitlines() if x.startswith(line)]
+        assert f"| {mean} (" in found and f"commit {stamp['commit']}" in tables.lab(name)
+    assert tables.lab("lab_behavior") == empty["lab_behavior"]
 
 
 def test_the_command_keeps_finished_runs(small, capsys, tmp_path):

@@ -1,7 +1,7 @@
 """Settings of the laboratory: one default for every problem, and what each objective and behaviour changes.
 
 A run has the settings DEFAULT | BY_MODEL[model of the problem] | the objective's | the behaviour's. They were
-tuned on the frozen problems; the number of steps alone depends on the model.
+tuned on the frozen problems; steps and samples alone depend on the model.
 """
 
 import difflib
@@ -34,13 +34,13 @@ DEFAULT: dict[str, Any] = dict(
 )
 HORIZONS = ("tempered_horizon", "epsilon_horizon", "replay_horizon")
 BY_MODEL: dict[str, dict[str, Any]] = {
-    "tiny": dict(steps=600),
-    "smollm2-135m": dict(steps=200),
+    "tiny": dict(steps=800),
+    "smollm2-135m": dict(steps=200, num_samples=48),
 }
 # The problems that the objectives are compared on; the behaviours on the first.
 DENSE, SPARSE = "tiny-other", "tiny-sum"
 # A step on two cores, for the estimate that is printed before the first run.
-SECONDS_PER_STEP = {"tiny": 0.05, "smollm2-135m": 2.0}
+SECONDS_PER_STEP = {"tiny": 0.05, "smollm2-135m": 1.5}
 
 
 @dataclass(frozen=True)
