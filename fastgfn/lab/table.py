@@ -88,13 +88,10 @@ def _reached(own: Sequence[Row]) -> list[str]:
         row | {"kl": str(max(float(row["kl_target_to_model"]), float(row["kl_model_to_target"])))}
         for row in own
     ]
-    broken = " (broke off)" if any(row["error"] for row in own) else ""
-    cells = [
-        spread(own, "tv") + broken,
-        spread(worse, "kl"),
-        spread(own, "log_z_error"),
-        spread(own, "mode_coverage"),
-    ]
+    fails = all(not float(row["tv"]) <= THRESHOLD for row in own)
+    note = ", broke off" if any(row["error"] for row in own) else ", fails" if fails else ""
+    names = ("log_z_error", "mode_coverage")
+    cells = [spread(own, "tv") + note, spread(worse, "kl"), *(spread(own, name) for name in names)]
     return [*cells, seconds(own)]
 
 
@@ -152,8 +149,8 @@ def spread(own: Sequence[Row], column: str) -> str:
     values = [float(row[column]) for row in own if row[column]]
     if not values:
         return ""
-    mean = f"{sum(values) / len(values):.2g}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.2g} to {max(values):.2g})"
+    mean, least, most = (f"{v:.2g}" for v in (sum(values) / len(values), min(values), max(values)))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def _select(rows: Sequence[Row], **known: str) -> list[Row]:
