@@ -197,7 +197,7 @@ def test_tables_have_a_line_each_and_say_what_is_missing(finished):
     assert all(line.count("not measured") == (1 if i == 0 else 2) for i, line in enumerate(lines[2:]))
     assert all(line.count("|") == lines[0].count("|") for line in lines)
     shown = table.behaviors(rows, "smallest").splitlines()
-    assert len(shown) == 2 + len(presets.BEHAVIORS) and f"{want:.2g} (" in shown[2]
+    assert len(shown) == 2 + len(presets.BEHAVIORS) and f"| {want:.2g}" in shown[2]
     assert "| smallest | sparse | tiny | 26 | 0.5 |" in table.problems(rows, ["smallest", "absent"])
     assert table.notes(rows).startswith("2 seeds") and first.provenance["commit"] in table.notes(rows)
     assert table.notes([]) == ""

@@ -133,16 +133,8 @@ def run(
     if isinstance(problem, str):
         presets.closest("lab", "--problem", problem, NAMES)
         problem = load_problem(problem, seed=seed)
-    given = presets.settings(problem.model, objective, behavior, overrides)
-    over_prior = presets.OBJECTIVES[objective].over_prior
-    temperature = 1.0 if over_prior else problem.reward_temperature
-    given = {"reward_temperature": (temperature, temperature)} | given | {"seed": seed}
-    if given["objective"] == "rooted_prefix_tb" and problem.kind == "sparse":
-        # what every string without a reward has
-        lowest = min(float(posterior.log_reward.min()) for posterior in problem.posteriors)
-        given.setdefault("rooted_missing_reward", lowest)
-    config = TrainConfig.from_dict(given)
-    trainer = make_trainer(problem, config, over_prior=over_prior)
+    config = make_config(problem, objective, behavior, seed, overrides)
+    trainer = make_trainer(problem, config, over_prior=presets.OBJECTIVES[objective].over_prior)
     curve, seconds, evaluation, learned, error = _train(trainer, problem, stop_at, on_step)
     return Result(
         problem=problem.name,
@@ -168,6 +160,20 @@ def run(
         provenance=provenance(),
         log_q=[log_probs(p, problem.policy).tolist() for p in problem.posteriors],
     )
+
+
+def make_config(
+    problem: Problem, objective: str, behavior: str, seed: int, overrides: dict[str, Any]
+) -> TrainConfig:
+    """Settings of a run: the presets', what they take from the problem, and `overrides`."""
+    temperature = 1.0 if presets.OBJECTIVES[objective].over_prior else problem.reward_temperature
+    given = {"reward_temperature": (temperature, temperature)}
+    given |= presets.settings(problem.model, objective, behavior, overrides) | {"seed": seed}
+    if given["objective"] == "rooted_prefix_tb" and problem.kind == "sparse":
+        # what every string without a reward has
+        lowest = min(float(posterior.log_reward.min()) for posterior in problem.posteriors)
+        given.setdefault("rooted_missing_reward", lowest)
+    return TrainConfig.from_dict(given)
 
 
 def make_trainer(problem: Problem, config: TrainConfig, *, over_prior: bool = False) -> Trainer:
