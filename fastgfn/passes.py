@@ -117,8 +117,9 @@ def prior_and_reward(tree: TokenTree, *, policy: Policy, reward: Reward) -> tupl
 
 def _reads_reference(reward: Reward, policy: Policy) -> bool:
     shared = isinstance(reward, LMReward) and getattr(reward.reference, "policy", None) is policy
-    # a subclass may compute something else, and one that follows suffixes does
-    return shared and type(reward).__call__ is LMReward.__call__ and reward.suffixes is None
+    # a subclass may compute something else, and so do suffixes, on another tree
+    plain = type(reward).__call__ is LMReward.__call__ and getattr(reward, "suffixes", None) is None
+    return shared and plain
 
 
 def add_gradients(
@@ -172,11 +173,10 @@ def add_gradients(
         own_log_z = None if own_log_z is None else own_log_z.detach()
         with phase("backward"):
             (result.loss * scale).backward()
-        factors = log_factors(part.tree, truth.log_reward, reward=reward)
-        ends = (value[part.tree.leaf] for value in (truth.log_reward, factors))
+        leaf, factors = part.tree.leaf, log_factors(part.tree, truth.log_reward, reward=reward)
         loss, log_pf = result.loss.detach().double(), log_probs.log_pf.detach()
         log_qs = trajectory_log_q(log_probs, part.tree)
-        return loss, result.log_ratio, *ends, log_qs, log_pf, own_log_z
+        return loss, result.log_ratio, truth.log_reward[leaf], factors[leaf], log_qs, log_pf, own_log_z
 
     results = [add(part, truth) for part, truth in zip(parts, truths, strict=True)]
     if isinstance(shared, Tensor) and shared.grad is not None:

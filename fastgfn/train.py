@@ -73,24 +73,7 @@ class Trainer:
         seed_constraints: Constraints | None = None,
         embed: Callable[[list[list[int]]], Tensor] | None = None,
     ) -> None:
-        checks.check(
-            len(prompts) > 0, "Trainer", "prompts", "at least one prompt", 0, "pass lists of token ids"
-        )
-        checks.check(
-            not (REGISTRY[config.objective].reads_prefixes and getattr(reward, "terminal_only", False)),
-            "Trainer",
-            "reward",
-            "defined on every terminable prefix",
-            "a terminal-only reward",
-            "SubTB needs prefix rewards; set objective='vargrad' (VarGrad) for terminal-only ones",
-        )
-        parameters = [p for _, p in policy.parameters()]
-        checks.check(bool(parameters), "Trainer", "policy", "trainable", "no parameters", "use load_policy")
-        check_prompts([as_int64(p) for p in prompts], policy, constraints)
-        longest = max(map(len, prompts)) + constraints.max_length
-        fits = config.max_tokens is None or config.max_tokens >= longest
-        want = f">= {longest}, the longest prompt and max_length"
-        checks.check(fits, "Trainer", "config.max_tokens", want, config.max_tokens, "raise it")
+        _check(policy, prompts, reward, constraints, config)
         _condition(policy, config)
         self.policy = policy
         policy.gradient_checkpointing = config.gradient_checkpointing
@@ -100,7 +83,7 @@ class Trainer:
         self.config = config
         self.grammar = grammar
         self.log_z = LearnedLogZ(config.log_z, policy, len(prompts), seed=config.seed)
-        self.optimizer = _optimizer(parameters, self.log_z, config)
+        self.optimizer = _optimizer([p for _, p in policy.parameters()], self.log_z, config)
         self.explorer = Explorer(
             policy,
             prompts=prompts,
@@ -282,6 +265,33 @@ class Trainer:
         # a caller's autocast around several steps would keep casts of the weights before this one
         torch.clear_autocast_cache()
         return float(norm)
+
+
+def _check(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    reward: Reward,
+    constraints: Constraints,
+    config: TrainConfig,
+) -> None:
+    """Refuse what no step could work with; arguments as of `Trainer`."""
+    checks.check(len(prompts) > 0, "Trainer", "prompts", "at least one prompt", 0, "pass lists of token ids")
+    checks.check(
+        not (REGISTRY[config.objective].reads_prefixes and getattr(reward, "terminal_only", False)),
+        "Trainer",
+        "reward",
+        "defined on every terminable prefix",
+        "a terminal-only reward",
+        "SubTB needs prefix rewards; set objective='vargrad' (VarGrad) for terminal-only ones",
+    )
+    checks.check(
+        bool(policy.parameters()), "Trainer", "policy", "trainable", "no parameters", "use load_policy"
+    )
+    check_prompts([as_int64(p) for p in prompts], policy, constraints)
+    longest = max(map(len, prompts)) + constraints.max_length
+    fits = config.max_tokens is None or config.max_tokens >= longest
+    want = f">= {longest}, the longest prompt and max_length"
+    checks.check(fits, "Trainer", "config.max_tokens", want, config.max_tokens, "raise it")
 
 
 def _optimizer(

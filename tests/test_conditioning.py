@@ -61,7 +61,7 @@ def test_one_sampler_learns_all_temperatures(tiny_policy, kind, vocab, monkeypat
     assert divergence(base, (log_r / 0.4).log_softmax(0), 0.0).tv > 0.3
     options = dict(conditioning=kind, steps=120, num_samples=48, replay_samples=0, learning_rate=1e-2)
     trainer = _trainer(policy, constraints, reward, [PROMPT], warmup_steps=10, **options)
-    monkeypatch.setattr(trainer, "_target", lambda step, micro: TRAINED[step % 3])
+    monkeypatch.setattr(trainer.explorer, "reward_temperature", lambda step, micro: TRAINED[step % 3])
     assert {trainer.step()["reward_temperature"] for _ in range(120)} == set(TRAINED)
     limits = dict(policy=policy, constraints=constraints)
     report = evaluate_temperatures(PROMPT, space, log_r, TRAINED + UNSEEN, **limits)
@@ -112,14 +112,14 @@ def test_every_micro_batch_has_a_temperature_of_its_own(tiny_policy, monkeypatch
     """Which its draws, its replay and its scores see, and nothing afterwards, even where it fails."""
     policy, seen = tiny_policy(), []
     trainer = _trainer(policy, accumulation=3, target_temperatures=(0.5, 2.0))
-    for name in ("sample", "add_gradients"):
+    for place, name in (("behavior.sampler", "sample"), ("train", "add_gradients")):
         inner = globals()[name]
 
         def noted(*args, inner=inner, **options):
             seen.append((policy.conditioning.temperature, options.get("reward_temperature")))
             return inner(*args, **options)
 
-        monkeypatch.setattr(f"fastgfn.train.{name}", noted)
+        monkeypatch.setattr(f"fastgfn.{place}.{name}", noted)
     last = [trainer.step()["reward_temperature"] for _ in range(2)][-1]
     drawn, scored = seen[::2], seen[1::2]
     assert [t for t, _ in drawn] == [t for t, _ in scored] == [t for _, t in scored]
@@ -129,7 +129,7 @@ def test_every_micro_batch_has_a_temperature_of_its_own(tiny_policy, monkeypatch
     with pytest.raises(ZeroDivisionError):
         trainer.step()
     assert policy.conditioning.temperature is None
-    places = [trainer._target(step, 0) for step in range(400)]
+    places = [trainer.explorer.reward_temperature(step, 0) for step in range(400)]
     assert sum(t < 1.25 for t in places) / 400 == pytest.approx(0.5, abs=0.07)
 
 

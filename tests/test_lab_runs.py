@@ -89,7 +89,7 @@ def test_the_whole_budget_is_spent_unless_asked(problem):
 
 def test_training_lowers_the_exact_distance(problem):
     result = runs.run(
-        problem(), overrides={"steps": 40, "num_samples": 24, "learning_rate": 2e-2, "warmup_steps": 3}
+        problem(), overrides={"steps": 60, "num_samples": 24, "learning_rate": 2e-2, "warmup_steps": 3}
     )
     assert result.start["tv"] > 0.5 and result.end["tv"] < result.start["tv"] / 2
     assert 0 < result.seconds_to(0.6) <= result.seconds and result.best["tv"] <= result.end["tv"]

@@ -107,11 +107,10 @@ def test_a_value_of_each_prompt_starts_at_its_first_estimate(tiny_policy):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(objective="tb", log_z="scalar"),
         dict(objective="tb", log_z="per_prompt"),
         dict(objective="subtb", log_z="head"),
     ],
-    ids=["scalar", "per_prompt", "head"],
+    ids=["per_prompt", "head"],
 )
 def test_resume_is_bit_identical(tiny_policy, tmp_path, options):
     options = dict(steps=5, num_samples=6, checkpoint_every=2, prompts=[[1, 2], [3], [2]]) | options

@@ -95,10 +95,10 @@ def test_embeddings_have_to_be_given(tiny_policy):
     with pytest.raises(InputError, match="embed must be a callable with duplicates='embedding', got None"):
         _trainer(tiny_policy(), replay_duplicates="embedding")
     for field, value, want in (
-        ("replay_priority", "newest", "one of"),
-        ("replay_selection", "all", "one of"),
+        ("replay_priority", "newest", "'reward' or"),
+        ("replay_selection", "all", "'top' or 'submodular'"),
         ("replay_keep", "all", "'top' or 'submodular'"),
-        ("replay_duplicates", "none", "one of"),
+        ("replay_duplicates", "none", "'near' or"),
         ("replay_half_life", -1.0, ">= 0"),
         ("replay_recency_share", 1.5, "in"),
         ("replay_max_age", 0, ">= 1 or None"),

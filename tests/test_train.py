@@ -149,7 +149,7 @@ def test_a_run_from_before_a_setting_resumes_with_its_default(tiny_policy, tmp_p
         state = json.loads((path / "state.json").read_text())
         del state["merges"]
         (path / "state.json").write_text(json.dumps(state))
-    monkeypatch.setattr("fastgfn.train.read_state", older)
+    monkeypatch.setattr("fastgfn.durable.read_state", older)
     resumed = _trainer(tiny_policy(dtype=torch.float32), steps=2)
     assert resumed.resume(tmp_path) == 2 and resumed.merges
     stops = Constraints(0, max_length=3, extra_termination_token_ids=(5,))
