@@ -7,6 +7,12 @@ from fastgfn.reference import linear as ref
 from fastgfn.testing import assert_close_to_truth, relative_error
 
 
+@pytest.fixture(autouse=True)
+def _no_product_is_small(monkeypatch):
+    """oneDNN where torch would take products of these sizes."""
+    monkeypatch.setattr(ops, "FEWEST_PRODUCTS", 0)
+
+
 def inputs(dtype, shape=(7, 24), out=18, rank=3, bias=True, seed=0):
     """x, weight, bias, lora_a, lora_b; the last two and x want gradients."""
     generator = torch.Generator().manual_seed(seed)
@@ -160,3 +166,18 @@ def test_refuses_bad_input():
         ops.frozen_linear(x, weight.double(), bias)
     with pytest.raises(ValueError, match="frozen_linear: weight must be frozen, got one that requires grad"):
         ops.frozen_linear(x, weight.requires_grad_(), bias)
+
+
+@pytest.mark.skipif(not ops.HAS_ONEDNN, reason="torch was built without oneDNN")
+def test_small_products_are_left_to_torch(monkeypatch):
+    """Of any shape that torch sees for the first time; a packed weight goes where it was packed for."""
+    x, weight = inputs(torch.float32, shape=(16, 32), out=64)[:2]
+    calls, onednn = [], ops._onednn
+    monkeypatch.setattr(ops, "_onednn", lambda *args: calls.append(1) or onednn(*args))
+    monkeypatch.setattr(ops, "FEWEST_PRODUCTS", 16 * 32 * 64)
+    small = ops.product(x[1:], weight)
+    assert not calls and torch.equal(small, torch.nn.functional.linear(x[1:], weight))
+    whole = ops.product(x, weight)
+    assert len(calls) == 1 and relative_error(whole[1:], small) < 1e-6
+    ops.product(x[1:], ops.packed(weight))
+    assert len(calls) == 2
