@@ -31,18 +31,19 @@ FIX = "lower learning_rate, set max_grad_norm or clamp the reward; the weights a
 
 
 def undone(step: Step) -> Step:
-    """`step` of a Trainer; if it raises, counters and buffer are as before and there are no gradients."""
+    """`step` of a Trainer; if it raises, counters, buffer and log Z are as before, without gradients."""
 
     @functools.wraps(step)
     def tried(trainer) -> dict[str, float]:
         counters = {name: getattr(trainer, name) for name in ("trajectories", "tokens", "merges")}
-        entries = trainer.buffer.snapshot()
+        entries, log_z = trainer.buffer.snapshot(), trainer.log_z.snapshot()
         try:
             return step(trainer)
         except BaseException:
             for name, value in counters.items():
                 setattr(trainer, name, value)
             trainer.buffer.restore(entries)
+            trainer.log_z.restore(log_z)
             trainer.optimizer.zero_grad()
             raise
 

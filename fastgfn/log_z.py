@@ -46,15 +46,26 @@ class LearnedLogZ:
         if self.kind == "estimate":
             return None
         rows = torch.as_tensor(prompts, device=next(self.module.parameters()).device)
-        if self.kind == "scalar":
+        if self.kind != "per_prompt":
             rows = torch.zeros_like(rows)
-        if self.kind == "head":
-            rows, values = torch.zeros_like(rows), self.module.offset.view(1)
-        else:
-            values = self.module.values
+        values = self._values
         if bool(values[rows].isnan().any()):
             self._start(values, rows, estimate())
         return "head" if self.kind == "head" else values[rows]
+
+    @property
+    def _values(self) -> Tensor:
+        """What starts at an estimate."""
+        return self.module.offset.view(1) if self.kind == "head" else self.module.values
+
+    def snapshot(self) -> Tensor | None:
+        """What has started at an estimate, for `restore`; the rest changes in an optimiser step alone."""
+        return None if self.kind == "estimate" else self._values.detach().clone()
+
+    @torch.no_grad()
+    def restore(self, snapshot: Tensor | None) -> None:
+        if snapshot is not None:
+            self._values.copy_(snapshot)
 
     @torch.no_grad()
     def _start(self, values: Tensor, rows: Tensor, estimate: Tensor) -> None:

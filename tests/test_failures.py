@@ -147,3 +147,18 @@ def test_a_reward_that_fails_in_a_local_search_is_named(tiny_policy):
     )
     with pytest.raises(NonFiniteError, match=r"log R must be finite.*: prompt \[1, 2\], Z = \["):
         trainer.step()
+
+
+@pytest.mark.parametrize("kind", ["scalar", "head"])
+def test_a_failed_step_leaves_log_z_unset(tiny_policy, monkeypatch, kind):
+    trainer = _trainer(
+        tiny_policy(dtype=torch.float32), lambda zs: [-0.5 * len(z) for z in zs], objective="tb", log_z=kind
+    )
+    value = dict(trainer.log_z.parameters())["log_z.values" if kind == "scalar" else "log_z.offset"]
+    with monkeypatch.context() as broken:
+        broken.setattr("fastgfn.failures.check_loss", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.step()
+    assert bool(value.isnan().all())
+    trainer.step()
+    assert bool(value.isfinite().all())

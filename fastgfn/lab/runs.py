@@ -34,7 +34,7 @@ class Result:
     strings: of all prompts. settings: of TrainConfig, whole. overrides: those that are no preset's.
     curve: metrics of `Problem.evaluate` by "step" and "seconds", the first before training. `seconds` count
         training alone; `evaluation_seconds` are apart.
-    log_z_learned: the trainer's own estimate of log Z(X) in the last step, mean over prompts.
+    log_z_learned: log Z(X) as learned or else as the last step estimates it; mean over prompts.
     error: why the run broke off, or empty; the curve then ends before the step that failed.
     log_q: (strings,) float64, the trained sampler's, by prompt and string.
     """
@@ -250,7 +250,7 @@ def _train(
         on_step(trainer.steps_done, config.steps, curve[-1]["tv"])
         if error or (stop_at is not None and curve[-1]["tv"] <= stop_at):
             break
-    return curve, seconds, evaluation, metrics.get("log_z", float("nan")), error
+    return curve, seconds, evaluation, metrics.get("learned_log_z", metrics.get("log_z", float("nan"))), error
 
 
 def weights_note(model: str) -> str:
