@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastgfn
 
@@ -131,9 +132,26 @@ def test_every_op_has_a_cpu_kernel_and_a_fake():
 
 
 def _quick_start():
+    return _blocks()[0]
+
+
+def _blocks():
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert blocks, "README has no python block"
-    return blocks[0]
+    assert len(blocks) == 2, "README has two python blocks"
+    return blocks
+
+
+def test_the_training_example_runs(tiny_policy, tmp_path):
+    """But for its length and its folder."""
+    from fastgfn import Constraints, LMReward, TrainConfig, Trainer
+    from fastgfn.evaluate import bounds
+
+    policy, constraints = tiny_policy(dtype=torch.float32), Constraints(0, max_length=3)
+    space = dict(policy=policy, prompts=[[1, 2]], reward=LMReward(policy.reference), constraints=constraints)
+    space |= dict(TrainConfig=TrainConfig, Trainer=Trainer, Path=Path, bounds=bounds)
+    text = _blocks()[1].replace("steps=400", "steps=2").replace("runs/mine", str(tmp_path / "run"))
+    exec(text, space)
+    assert space["trainer"].steps_done == 2 and space["config"].replay_share == (0.5, 0.0)
 
 
 def test_the_quick_start_is_short():
