@@ -75,13 +75,14 @@ class LearnedLogZ:
         values.copy_(torch.where(values.isnan(), means, values))
 
     def check(self, value: Tensor, estimate: Tensor) -> None:
-        """Refuse (G,) values that are not finite, or far from every batch's estimate.
+        """Refuse (G,) values that are not finite, or far from the batch's estimates; where an estimate is not
+        finite, it is not the value that is at fault.
 
         Raises:
             InputError: log Z(X) has diverged.
         """
         gap = (value.double() - estimate).abs()
-        bad = ~(gap <= MOST_GAP)
+        bad = estimate.isfinite() & ~(gap <= MOST_GAP)
         if bool(bad.any()):
             have = f"{float(value[bad][0]):.4g} where the batch's is {float(estimate[bad][0]):.4g}"
             want = f"within {MOST_GAP:g} nats of the estimate from a batch"

@@ -22,7 +22,7 @@ from fastgfn.behavior import Explorer, drift
 from fastgfn.config import TrainConfig
 from fastgfn.log_z import LearnedLogZ
 from fastgfn.models import Policy, condition
-from fastgfn.objectives import REGISTRY
+from fastgfn.objectives import REGISTRY, has_anchor
 from fastgfn.packing import pack
 from fastgfn.passes import Pass, add_gradients, estimate_log_z
 from fastgfn.phases import phase
@@ -74,6 +74,8 @@ class Trainer:
         embed: Callable[[list[list[int]]], Tensor] | None = None,
     ) -> None:
         _check(policy, prompts, reward, constraints, config)
+        if grammar is None:
+            _check_log_z(constraints, config)
         _condition(policy, config)
         self.policy = policy
         policy.gradient_checkpointing = config.gradient_checkpointing
@@ -163,6 +165,8 @@ class Trainer:
                 scale=1.0 / config.accumulation,
                 **options,
             )
+        if result.known_log_z is not None:
+            self.log_z.check(result.known_log_z, result.log_z)
         failures.check_loss(result, drawn.rollouts, self.policy)
         self.explorer.remember(drawn, result.log_factors, step)
         self.trajectories += drawn.num_trajectories
@@ -170,7 +174,6 @@ class Trainer:
         found = {"loss": result.loss, "log_z": result.log_z.mean()}
         found["drift"] = drift(drawn.fresh, tree, result.log_pf)
         if result.known_log_z is not None:
-            self.log_z.check(result.known_log_z, result.log_z)
             found["learned_log_z"] = result.known_log_z.mean()
         for name, value in found.items():
             metrics[name] = metrics.get(name, 0.0) + float(value) / config.accumulation
@@ -292,6 +295,23 @@ def _check(
     fits = config.max_tokens is None or config.max_tokens >= longest
     want = f">= {longest}, the longest prompt and max_length"
     checks.check(fits, "Trainer", "config.max_tokens", want, config.max_tokens, "raise it")
+
+
+def _check_log_z(constraints: Constraints, config: TrainConfig) -> None:
+    """That the anchor of an objective of prefixes has a log Z(X) of its own exactly where it is read."""
+    if REGISTRY[config.objective].reads_log_z is not has_anchor:
+        return
+    estimated, field = config.log_z == "estimate", "config.log_z"
+    if constraints.min_length == 0 or constraints.termination == "own":
+        want, fix = "'estimate' where s_0 can stop", "the objective would not read it"
+        checks.check(estimated, "Trainer", field, want, repr(config.log_z), fix)
+        return
+    # of a single sequence it is what that sequence says, so that nothing balances it with others
+    enough, want = (
+        not estimated or config.most_per_prompt >= 2,
+        "learned where s_0 cannot stop and num_samples is 1",
+    )
+    checks.check(enough, "Trainer", field, want, repr(config.log_z), "or raise num_samples to 2")
 
 
 def _optimizer(

@@ -90,7 +90,7 @@ def test_a_value_of_each_prompt_starts_at_its_first_estimate(tiny_policy):
     prompts = [[1, 2], [3], [2]]
     common = dict(prompts=prompts, objective="tb", prompts_per_step=2, steps=3, log_z_learning_rate=1e-9)
     table = _trainer(tiny_policy(), log_z="per_prompt", **common)
-    first = table._indices(0, 0)
+    first = table.explorer.indices(0, 0)
     rest = ({0, 1, 2} - set(first)).pop()
     metrics = table.step()
     values = table.log_z.module.values.detach().clone()
@@ -179,6 +179,12 @@ def test_a_learned_value_is_refused_where_nothing_reads_it(tiny_policy):
         ):
             _trainer(tiny_policy(), objective=name, log_z="scalar")
     limits = Constraints(0, min_length=1, max_length=2)
+    # of a single sequence the estimate is its own log R - log q: no window would tell it from others
+    for name in ("modified_subtb", "modified_db", "interpolated_subtb"):
+        with pytest.raises(
+            InputError, match="config.log_z must be learned where s_0 cannot stop .*num_samples"
+        ):
+            _trainer(tiny_policy(), objective=name, constraints=limits, num_samples=1)
     trainer = _trainer(tiny_policy(), constraints=limits, log_z="scalar", num_samples=8)
     first, second = trainer.step()["learned_log_z"], trainer.step()["learned_log_z"]
     assert 1e-3 < abs(first - second) < 1.0
