@@ -156,14 +156,18 @@ def test_detailed_balance_is_lambda_zero(loss):
 # Interpolated rewards.
 
 
-@pytest.mark.parametrize("terminable", [None, TERMINABLE], ids=["all", "some"])
+# Row 2 was cut where it may not stop.
+CUT = TERMINABLE & ~((torch.arange(6) == 2)[:, None] & (torch.arange(6) == 5))
+
+
+@pytest.mark.parametrize("terminable", [None, TERMINABLE, CUT], ids=["all", "some", "cut"])
 @pytest.mark.parametrize("segment", [1, 2, 3, 8])
 def test_interpolated_log_reward(segment, terminable):
     _, _, log_reward, lengths = batch(lengths=(3, 1, 5, 0, 5, 2))
     want, read = torch.zeros(6, 6).double(), torch.zeros(6, 6, dtype=torch.bool)
     for row, n in enumerate(lengths.tolist()):
         may = [k for k in range(n + 1) if terminable is None or terminable[row, k]]
-        knots = [k for k in may if k % segment == 0 or k in (may[0], n)]
+        knots = [k for k in may if k % segment == 0 or k in (may[0], may[-1])]
         for k in may:
             before, after = max(x for x in knots if x <= k), min(x for x in knots if x >= k)
             share = (k - before) / max(1, after - before)

@@ -69,8 +69,8 @@ def interpolated(log_reward: Tensor, lengths: Tensor, segment: int, terminable: 
     _, valid = _rows.masks(lengths, log_reward.shape[1] - 1)
     valid = valid if terminable is None else valid & terminable
     column = torch.arange(log_reward.shape[1], device=log_reward.device)[None]
-    first = valid & (valid.cumsum(1) == 1)
-    is_knot = valid & ((column % segment == 0) | (column == lengths[:, None]) | first)
+    first, last = valid.cumsum(1) == 1, valid.flip(1).cumsum(1).flip(1) == 1
+    is_knot = valid & ((column % segment == 0) | first | last)
     before = torch.where(is_knot, column, 0).cummax(1).values
     after = torch.where(is_knot, column, column.shape[1] - 1).flip(1).cummin(1).values.flip(1)
     share = (column - before).double() / (after - before).clamp(min=1)

@@ -17,8 +17,8 @@ def interpolated_log_reward(
 ) -> Tensor:
     """log R where it is known, linear in the number of tokens between.
 
-    It is known at every prefix whose length is a multiple of segment, at the first one that may stop and at
-    the whole trajectory; log_reward is read nowhere else.
+    It is known at every prefix whose length is a multiple of segment and at the first and the last one that
+    may stop, which of a finished trajectory is the whole; log_reward is read nowhere else.
 
     Returns: (N, T + 1), 0 on padding and where terminable is False; differentiable.
     Raises: TypeError or ValueError on a dtype, shape or device, or segment < 1.
