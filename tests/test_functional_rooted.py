@@ -215,6 +215,24 @@ def test_counts_are_replicated_rows():
         close(*grads)
 
 
+@pytest.mark.parametrize("normalization", ["batch", "trajectory", "group"])
+def test_a_row_that_was_cut_adds_nothing(normalization):
+    """Where it ends it may not stop: it has no log R of its own, and none of it is in the estimate of log Z."""
+    inputs, _ = batch()
+    may = terminable()
+    may[2, LENGTHS[2]] = False
+    kept = torch.tensor([0, 1, 3, 4, 5])
+    leaf = inputs[0].clone().requires_grad_()
+    values, grads = [], []
+    for rows in (torch.arange(6), kept):
+        options = dict(terminable=may[rows], group_ids=GROUPS[rows], normalization=normalization)
+        value = F.rooted_prefix_tb_loss(leaf[rows], *(x[rows] for x in inputs[1:]), k_min=1, **options)
+        values.append(value)
+        grads.append(torch.autograd.grad(value, leaf)[0])
+    close(*values)
+    close(*grads)
+
+
 def test_padding_does_not_matter():
     inputs, log_prior = batch()
     want = F.rooted_prefix_tb_loss(*inputs, log_prior=log_prior)

@@ -80,7 +80,7 @@ def rooted_prefix_tb_loss(
     Source: Wang et al. 2026 (arXiv:2603.00454) and its published code.
 
     Args, returns, raises, numerics: as `modified_subtb_loss`; log_z and group_ids as
-        `trajectory_balance_loss`.
+        `trajectory_balance_loss`. A row that ends where it may not stop holds no trajectory: it adds nothing.
     """
     name = "rooted_prefix_tb_loss"
     options = Reduction(
@@ -183,7 +183,7 @@ def _prepared(
     dtype = log_pf.dtype if log_z is None else torch.promote_types(log_pf.dtype, log_z.dtype)
     if log_z is None:
         delta = _states.last(path + log_pterm - log_reward, lengths)
-        log_z = _rows.group_mean(-delta.detach(), torch.ones_like(lengths, dtype=torch.bool), options)
+        log_z = _rows.group_mean(-delta.detach(), _states.last(valid, lengths), options)
     task = log_reward if log_prior is None else log_reward - settings.prior_scale * log_prior
     return _Batch(path, log_pterm, log_reward, task.detach(), valid, lengths, log_z.double(), dtype)
 
@@ -197,7 +197,10 @@ def _loss(
         residual, weight = _terms(rows, settings)
         prefixes = residual_loss(residual, options.loss, options.residual_limit)
         num = num + prefix_weight * (weight * prefixes).sum(1)
-    return _rows.reduced(num, torch.ones_like(num), options, rows.dtype)
+    used = _states.last(rows.valid, rows.lengths)
+    # its first entry is 0, or NaN where the length is out of range
+    num = torch.where(used, num, rows.path[:, 0])
+    return _rows.reduced(num, used.double(), options, rows.dtype)
 
 
 def _terms(rows: _Batch, settings: _Settings) -> tuple[Tensor, Tensor]:
