@@ -157,7 +157,7 @@ def add_gradients(
         InputError: as `split_tree`, `log_reward` and the objective, which must fit the reward; no trajectory.
     """
     loss_of = _losses(tree, policy, reward, objective, reward_temperature, normalization, weights, options)
-    loss_of = loss_of._replace(log_behavior=log_behavior, importance_clip=importance_clip)
+    loss_of = _weighed(loss_of, tree, log_behavior, importance_clip)
     parts, is_given = split_tree(tree, max_tokens=max_tokens), log_z is not None
     truths: Sequence[_Truth | None] = [None] * len(parts)
     if not is_given and loss_of.spec.reads_log_z(tree) and _share_groups(parts):
@@ -226,6 +226,17 @@ def _losses(
     pools_by = {key: options[key] for key in spec.pools_by if key in options}
     coefficients = spec.coefficients(tree, normalization=normalization, weights=weights, **pools_by)
     return _Losses(spec, options, coefficients, reward_temperature)
+
+
+def _weighed(
+    loss_of: _Losses, tree: TokenTree, log_behavior: Tensor | None, clip: tuple[float, float] | None
+) -> _Losses:
+    if clip is None:
+        return loss_of
+    name, arg, fix = "add_gradients", "log_behavior", "pass the rollouts' own, nan where unknown"
+    checks.check(log_behavior is not None, name, arg, "given with an importance_clip", None, fix)
+    checks.check_shape(name, arg, log_behavior, tuple(tree.leaf.shape), fix)
+    return loss_of._replace(log_behavior=log_behavior, importance_clip=clip)
 
 
 def _whole(tree: TokenTree, parts: Sequence[TreePart], results: Sequence[tuple], is_given: bool) -> Pass:

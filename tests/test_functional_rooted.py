@@ -217,7 +217,7 @@ def test_counts_are_replicated_rows():
 
 @pytest.mark.parametrize("normalization", ["batch", "trajectory", "group"])
 def test_a_row_that_was_cut_adds_nothing(normalization):
-    """Where it ends it may not stop: it has no log R of its own, and none of it is in the estimate of log Z."""
+    """It has no log R of its own where it ends, and nothing of it is in the estimate of log Z."""
     inputs, _ = batch()
     may = terminable()
     may[2, LENGTHS[2]] = False

@@ -216,6 +216,19 @@ def test_refuses_bad_input(tiny_policy):
                 spec.loss(scored, **(options | extra))
     with pytest.raises(InputError, match=r"trajectory_balance_loss: log_z must be \(4,\), got \(3,\)"):
         trajectory_balance_loss(scored, tree=tree, log_reward=rewards, log_z=torch.zeros(3))
+    options = dict(tree=tree, log_reward=rewards)
+    with pytest.raises(InputError, match="relative_trajectory_balance_loss: prior must be given"):
+        REGISTRY["rtb"].loss(scored, prior=None, **options)
+    for name in ("rtb", "length_normalized_tb"):
+        with pytest.raises(InputError, match="beta must be > 0, got 0.0; 1 keeps log_reward as it is"):
+            REGISTRY[name].loss(scored, prior=scored, beta=0.0, **options)
+    for behavior in (None, torch.zeros(3)):
+        with pytest.raises(
+            InputError, match="add_gradients: log_behavior must be .*; pass the rollouts' own"
+        ):
+            add_gradients(
+                tree, policy=policy, reward=_reward(), importance_clip=(0.5, 2.0), log_behavior=behavior
+            )
     for options in (dict(objective="tb", log_z="head"), dict(objective="subtb")):
         with pytest.raises(InputError, match="(flow_head|log_flow) must be .*flow"):
             add_gradients(tree, policy=policy, reward=_reward(), **options)

@@ -207,6 +207,7 @@ def test_a_learned_value_is_refused_where_nothing_reads_it(tiny_policy):
         (dict(residual_loss="cube"), "residual_loss must be one of"),
         (dict(log_z="mean"), "log_z must be one of"),
         (dict(log_z_learning_rate=0.0), "log_z_learning_rate must be > 0"),
+        (dict(log_z_learning_rate=0.05), "log_z_learning_rate must be 0.1 with log_z='estimate'"),
         (dict(objective="rooted_prefix_tb", rooted_first=3, rooted_last=2), "rooted_last must be >= rooted"),
         (dict(objective="rooted_prefix_tb", rooted_gamma=1.5), r"rooted_gamma must be in \[0, 1\]"),
         (dict(objective="interpolated_subtb", interpolation_segment=0), "interpolation_segment must be >= 1"),

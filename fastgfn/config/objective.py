@@ -100,6 +100,9 @@ class Objective(Behavior):
         self._need(self.residual_limit is None or self.residual_limit > 0, "residual_limit", "> 0 or None")
         learned = self.log_z != "estimate"
         want = "learned ('scalar', 'per_prompt' or 'head')"
+        rate = type(self).__dataclass_fields__["log_z_learning_rate"].default
+        alone = learned or self.log_z_learning_rate == rate
+        self._need(alone, "log_z_learning_rate", f"{rate} with log_z='estimate', which learns nothing")
         self._need(
             learned or self.objective != "tb", "log_z", f"{want} {with_objective}; 'vargrad' estimates it"
         )

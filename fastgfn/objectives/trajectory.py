@@ -131,6 +131,8 @@ def relative_trajectory_balance_loss(
         The others, raises: as `vargrad_loss`.
     """
     name = "relative_trajectory_balance_loss"
+    fix = "pass score(tree, policy=policy.reference), or use vargrad_loss or trajectory_balance_loss"
+    checks.check(prior is not None, name, "prior", "given", None, fix)
     ratio = target_ratio(name, log_probs, tree, log_reward, prior=prior, beta=beta)
     pooling, residual = Pooling(normalization, weights, coefficients), Residual(residual_loss, residual_limit)
     return _balanced(name, tree, ratio, log_z, pooling, residual, log_probs.log_pf.dtype)
@@ -185,6 +187,7 @@ def target_ratio(
     """(N,) float64 beta log R(x) - (log q(x) - log p_prior(x)), the brackets over the number of actions (the
     stop is one) if per_action; differentiable in log_probs."""
     shape = (tree.num_nodes,)
+    checks.check(beta > 0, name, "beta", "> 0", beta, "1 keeps log_reward as it is")
     checks.check_shape(name, "log_reward", log_reward, shape, "pass the result of log_reward(tree)")
     gain = log_q(log_probs, tree)
     if prior is not None:
