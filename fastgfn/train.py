@@ -145,7 +145,7 @@ class Trainer:
         target = dict(reward=reward, reward_temperature=temperature)
         metrics["reward_temperature"] = temperature
         if step == micro == 0:
-            self._fill()
+            self._fill(reward)
         with failures.named(self.policy):
             drawn = self.explorer.draw(
                 step, micro, first_trajectory=self.trajectories, merge=self.merges, **target
@@ -242,11 +242,11 @@ class Trainer:
             )
             self.merges = False
 
-    def _fill(self) -> None:
+    def _fill(self, reward: Reward) -> None:
         """Demonstrations and what seed prompts yield go into the buffer."""
         with failures.named(self.policy):
             drawn, tokens = self.explorer.fill(
-                reward=self.reward, first_trajectory=self.trajectories, merge=self.merges
+                reward=reward, first_trajectory=self.trajectories, merge=self.merges
             )
         self.trajectories += drawn
         self.tokens += tokens

@@ -38,7 +38,7 @@ def test_a_product_is_stored_in_factors_and_tempered_again(tiny_policy, max_toke
     sample = ReplayBuffer.sample
 
     def watched(buffer, *args, **options):
-        asked.append((options["version"], options["temperature"], options["temperatures"]))
+        asked.append((options["version"], options["temperature"], buffer.temperatures))
         return sample(buffer, *args, **options)
 
     monkeypatch.setattr(ReplayBuffer, "sample", watched)
@@ -66,6 +66,34 @@ def test_a_product_is_stored_in_factors_and_tempered_again(tiny_policy, max_toke
     one = _trainer(tiny_policy(dtype=torch.float32), max_tokens=max_tokens, **common)
     with pytest.raises(InputError, match=r"reward factors must be \['sum', 'length'\], got \['log_reward'\]"):
         one.resume(tmp_path)
+
+
+@pytest.mark.parametrize("given", [[], [(0, [2]), (0, [1, 1, 1])]], ids=["drawn", "given"])
+def test_what_stays_is_the_best_of_the_step_before_anything_is_replayed(tiny_policy, given):
+    """Under the temperatures of the step, also where the share of replay starts at 0 and in what is given."""
+    rewards = {
+        "sum": SequenceReward(lambda zs: [float(sum(z)) for z in zs]),
+        "length": SequenceReward(lambda zs: [-20.0 * len(z) for z in zs]),
+    }
+    trainer = Trainer(
+        tiny_policy(dtype=torch.float32),
+        prompts=[[1, 2]],
+        reward=ProductReward(rewards, temperatures={"length": (100.0, 1.0, 50)}),
+        constraints=Constraints(0, max_length=3),
+        config=TrainConfig(
+            num_samples=20, replay_share=(0.0, 0.05), replay_horizon=50, replay_capacity=1,
+            replay_duplicates="exact",
+        ),
+        demonstrations=given,
+    )  # fmt: skip
+    drawn = trainer.explorer.draw(0, 0, reward=trainer.reward.at(0)).fresh.sequences()
+    if given:
+        drawn = [z for _, z in given]
+        trainer.explorer.fill(reward=trainer.reward.at(0))
+    else:
+        trainer.step()
+    now, last = (max((sum(z) - 20.0 * len(z) / t, tuple(z)) for z in drawn)[1] for t in (100.0, 1.0))
+    assert now != last and [e.tokens for e in trainer.buffer.entries([1, 2])] == [now]
 
 
 @pytest.mark.parametrize(

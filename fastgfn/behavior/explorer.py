@@ -142,6 +142,7 @@ class Explorer:
         Raises:
             InputError: as `sample`; a prompt without any trajectory, as nothing is drawn or in the buffer.
         """
+        self._retemper(reward)
         now = _Now(step, micro, self._sampler(first_trajectory, merge), reward, reward_temperature)
         indices = self.indices(step, micro)
         fresh = self._fresh([self._prompts[i] for i in indices], now)
@@ -167,6 +168,7 @@ class Explorer:
         Raises:
             InputError: as `sample` and `log_reward`; a drawn sequence that the grammar rules out.
         """
+        self._retemper(reward)
         sampler = self._sampler(first_trajectory, merge)
         if not self.config.uses_buffer:
             return 0, 0
@@ -228,6 +230,11 @@ class Explorer:
     def _rng(self, stream: int, *index: int) -> np.random.Generator:
         """A generator of its own for every (stream, step, micro-batch), so there is no state to save."""
         return np.random.default_rng([self.config.seed, stream, *index])
+
+    def _retemper(self, reward: Reward) -> None:
+        """Order the buffer by R under the temperatures that the factors of a product have now."""
+        if isinstance(reward, ProductReward):
+            self.buffer.retemper(reward.temperatures)
 
     def _judge(self, reward: Reward, *, needs_log_q: bool = False) -> Judge:
         return Judge(self.policy, reward, self.grammar, self.config.max_tokens, needs_log_q)
@@ -320,9 +327,7 @@ class Explorer:
 
     def _stored(self, fresh: Rollouts, num: int, rng: np.random.Generator, now: _Now) -> Rollouts | None:
         """Of every prompt up to `num` entries of the buffer, None where it has none."""
-        own = now.reward.temperatures if isinstance(now.reward, ProductReward) else None
-        tempered = dict(temperature=now.reward_temperature, temperatures=own)
-        return self.buffer.sample(fresh, num, rng, version=now.step, **tempered)
+        return self.buffer.sample(fresh, num, rng, temperature=now.reward_temperature, version=now.step)
 
     def _shown(self, indices: list[int], now: _Now) -> list[Rollouts]:
         """Demonstrations of the prompts."""
