@@ -11,7 +11,7 @@ from fastgfn.config import TrainConfig
 from fastgfn.evaluate import Target, bounds, draw_exact, effective_sample_size, log_z_ais, log_z_importance
 from fastgfn.evaluate.annealing import Chains, log_acceptance, num_cuts
 from fastgfn.rewards import SequenceReward
-from fastgfn.rollout import SamplingOptions
+from fastgfn.rollout import SamplingOptions, sample
 from fastgfn.train import Trainer
 from fastgfn.types import Constraints
 
@@ -313,3 +313,18 @@ def test_refuses_draws_and_paths_that_do_not_fit(trained):
         draw_exact([[1]], [[[1], [2]]], [torch.zeros(2)], constraints=trained.constraints, num_samples=2)
     with pytest.raises(InputError, match="sequences must be 1 of them, got 2"):
         draw_exact([[1]], [[[1]]] * 2, [torch.zeros(1)], constraints=trained.constraints, num_samples=2)
+
+
+def test_the_noise_is_neither_the_training_s_nor_that_of_the_exact_draws(trained):
+    """A policy depends on the draws that it was trained on, and w of a reverse chain on where it begins."""
+    target = {k: v for k, v in trained.target.items() if k in ("prompts", "constraints")}
+    own = sample(policy=trained.policy, num_samples=64, seed=3, **target)
+    drawn = Target(trained.policy, **trained.target).draw(64, seed=3)
+    assert own.sequences() != drawn.sequences()
+    streams = {tuple(torch.rand(4, generator=torch.Generator().manual_seed(s)).tolist()) for s in range(100)}
+    for seed in range(4):
+        for is_reverse in (False, True):
+            chains = Chains(Target(trained.policy, **trained.target), seed, 4, is_reverse=is_reverse)
+            found = tuple(torch.rand(4, generator=chains.generator).tolist())
+            assert found not in streams
+            streams.add(found)

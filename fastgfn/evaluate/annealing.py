@@ -12,6 +12,9 @@ from fastgfn.evaluate.samples import Target
 from fastgfn.rollout import SamplingOptions
 from fastgfn.types import Rollouts
 
+# Of the low 32 bits of a seed, all that torch's generator reads.
+CHAINS = 0x5BD1E995
+
 
 @dataclass(frozen=True, slots=True)
 class States:
@@ -108,7 +111,8 @@ class Chains:
         self.total = target.num_groups * num_samples
         # far from the trajectories of the other direction
         self.first_trajectory = 2**61 if is_reverse else 0
-        self.generator = torch.Generator().manual_seed((seed * 2 + is_reverse) % 2**63)
+        # apart from the stream that `draw_exact` has for the same seed or one near it
+        self.generator = torch.Generator().manual_seed((seed * 2 + is_reverse) % 2**63 ^ CHAINS)
 
     def regrow(self, states: States, b: float) -> tuple[States, Tensor]:
         """One Metropolis move of every chain, in detailed balance with pi_b ~ q^(1 - b) R^(b/T).

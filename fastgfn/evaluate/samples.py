@@ -16,6 +16,10 @@ from fastgfn.rollout import SamplingOptions, sample
 from fastgfn.scoring import score
 from fastgfn.types import Constraints, Grammar, Rollouts, TreePart, as_int64
 
+# A trainer numbers its trajectories from 0. A policy depends on the noise that it was trained with, so that
+# draws with the same noise, which its own seed would give, are no draws of q.
+FIRST_TRAJECTORY = 2**60
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -54,7 +58,8 @@ class Target:
         temperature: float | Tensor = 1.0,
         options: SamplingOptions | None = None,
     ) -> Rollouts:
-        """`num_samples` trajectories of every prompt, ordered by prompt."""
+        """`num_samples` trajectories of every prompt, ordered by prompt, with noise that no training has
+        seen, whatever the seed."""
         return sample(
             self.prompts,
             policy=self.policy,
@@ -64,7 +69,7 @@ class Target:
             options=options,
             grammar=self.grammar,
             seed=seed,
-            first_trajectory=first_trajectory,
+            first_trajectory=FIRST_TRAJECTORY + first_trajectory,
             batch_size=self.batch_size,
             precision=self.precision,
         )
