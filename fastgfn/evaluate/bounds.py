@@ -31,7 +31,8 @@ class Bounds:
     elbo: mean log w, in expectation log Z - KL of what drew the weights to its target.
     standard_error: of log_z, to first order: the standard error of the mean weight over the mean. It means
         little where ess is small: the weights that were not seen are not in it.
-    ess: (sum w)^2 / sum w^2, between 1 and N.
+    ess: (sum w)^2 / sum w^2, between 1 and N; standard_error is near sqrt(1 / ess - 1 / N), 1 / sqrt(N) where
+        ess is N / 2.
     acceptance: share of the Metropolis moves that were accepted; None where there were none.
     num_samples: N. delta: see above. batches: of the bounds. steps: K of the annealing path; 1 is importance
         sampling.
