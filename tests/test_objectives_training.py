@@ -56,7 +56,7 @@ def _prior(policy):
 CASES = {
     "modified_db": dict(objective="modified_db", steps=90),
     "tb-scalar": dict(objective="tb", log_z="scalar", steps=90, terminal_only=True),
-    "tb-head": dict(objective="tb", log_z="head", steps=80, run=65, terminal_only=True),
+    "tb-head": dict(objective="tb", log_z="head", steps=90, run=90, learning_rate=1e-2, terminal_only=True),
     "rtb": dict(objective="rtb", steps=90, terminal_only=True),
     "rooted": dict(objective="rooted_prefix_tb", rooted_first=1, rooted_missing_reward=99.0, steps=90),
     "subtb": dict(objective="subtb", log_z="head", steps=120, terminal_only=True),
