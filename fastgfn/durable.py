@@ -39,6 +39,7 @@ def save(trainer: "Trainer", run_folder: Path) -> Path:
 def resume(trainer: "Trainer", run_folder: Path) -> int:
     """See `Trainer.resume`."""
     damaged: list[str] = []
+    buffer = trainer.buffer.snapshot()
     for path in reversed(checkpoints(Path(run_folder))):
         try:
             state = read_state(path)
@@ -50,6 +51,7 @@ def resume(trainer: "Trainer", run_folder: Path) -> int:
             trainer.buffer.load_state(state["buffer"])
             load_checkpoint(path, trainer.policy, trainer.optimizer, trainer.log_z.parameters())
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            trainer.buffer.restore(buffer)
             damaged.append(f"{path.name}: {error}")
             continue
         if damaged:

@@ -207,9 +207,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_written_again(trainer, tmp_path
     for path in checkpoints(tmp_path):
         damage(path / name)
     message = "a run with an intact checkpoint, got .*damaged step-00000004.*; train in another folder"
+    untouched = trainer()
     with warnings.catch_warnings(), pytest.raises(InputError, match=message):
         warnings.simplefilter("error", UserWarning)
-        trainer().resume(tmp_path)
+        untouched.resume(tmp_path)
+    assert len(untouched.buffer) == 0 and torch.equal(_weights(untouched), _weights(trainer()))
 
 
 def test_checkpoints_past_the_resumed_one_do_not_push_out_new_ones(trainer, tmp_path):
