@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from fastgfn import checks
 from fastgfn.checkpoint import checkpoints, load_checkpoint, read_state, save_checkpoint
 from fastgfn.config import TrainConfig
+from fastgfn.rewards import ProductReward
 
 if TYPE_CHECKING:
     from fastgfn.train import Trainer
@@ -71,6 +72,8 @@ def _describe(trainer: "Trainer") -> dict:
     limits = trainer.constraints
     bias = None if limits.logit_bias is None else limits.logit_bias.double().tolist()
     text = json.dumps([trainer.prompts, bias])
+    reward = trainer.reward
+    schedules = reward.schedules if isinstance(reward, ProductReward) else None
     return trainer.config.to_dict() | {
         "termination_token_id": limits.termination_token_id,
         "extra_termination_token_ids": list(limits.extra_termination_token_ids),
@@ -81,6 +84,7 @@ def _describe(trainer: "Trainer") -> dict:
         "grammar": None if trainer.grammar is None else type(trainer.grammar).__name__,
         "prompts and logit_bias": hashlib.sha256(text.encode()).hexdigest(),
         "reward factors": list(trainer.buffer.factors),
+        "temperatures of the factors": schedules,
         "trainable tensors": [
             [name, list(p.shape)] for name, p in (*trainer.policy.parameters(), *trainer.log_z.parameters())
         ],
@@ -93,6 +97,7 @@ def _same_run(trainer: "Trainer", state: dict) -> None:
         "extra_termination_token_ids": [],
         "demonstrations and seed prompts": None,
         "reward factors": ["log_reward"],
+        "temperatures of the factors": None,
     }
     run = json.loads(json.dumps(first)) | state["run"]
     for key, value in json.loads(json.dumps(_describe(trainer))).items():

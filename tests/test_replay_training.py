@@ -66,6 +66,14 @@ def test_a_product_is_stored_in_factors_and_tempered_again(tiny_policy, max_toke
     one = _trainer(tiny_policy(dtype=torch.float32), max_tokens=max_tokens, **common)
     with pytest.raises(InputError, match=r"reward factors must be \['sum', 'length'\], got \['log_reward'\]"):
         one.resume(tmp_path)
+    # nor can other temperatures
+    product = ProductReward(rewards, temperatures={"sum": (2.0, 1.0, 2)})
+    other = _trainer(tiny_policy(dtype=torch.float32), product, max_tokens=max_tokens, **common)
+    want = (
+        r"temperatures of the factors must be \[\[4.0, 1.0, 2\], .*, got \[\[2.0, 1.0, 2\], .*; resume with"
+    )
+    with pytest.raises(InputError, match=want):
+        other.resume(tmp_path)
 
 
 @pytest.mark.parametrize("given", [[], [(0, [2]), (0, [1, 1, 1])]], ids=["drawn", "given"])
