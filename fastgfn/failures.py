@@ -27,7 +27,8 @@ MOST = 100
 # Where all of them are finite, so many of the largest residuals are.
 WORST = 8
 Step = Callable[..., dict[str, float]]
-FIX = "lower learning_rate, set max_grad_norm or clamp the reward; the weights are unchanged"
+FIX = "lower learning_rate (or log_z_learning_rate), set max_grad_norm or clamp the reward; "
+FIX += "the weights are unchanged"
 
 
 def undone(step: Step) -> Step:

@@ -162,3 +162,14 @@ def test_a_failed_step_leaves_log_z_unset(tiny_policy, monkeypatch, kind):
     assert bool(value.isnan().all())
     trainer.step()
     assert bool(value.isfinite().all())
+
+
+def test_a_learned_log_z_that_overflows_the_loss_is_named(tiny_policy, tmp_path):
+    options = dict(objective="tb", log_z="scalar", residual_loss="linex")
+    trainer = _trainer(tiny_policy(dtype=torch.float32), lambda zs: [-0.1 * len(z) for z in zs], **options)
+    trainer.step()
+    with torch.no_grad():
+        dict(trainer.log_z.parameters())["log_z.values"].fill_(5e3)
+    with pytest.raises(NonFiniteError, match=r"the .* must be finite, got inf; lower .*log_z_learning_rate"):
+        trainer.fit(tmp_path)
+    assert json.loads((tmp_path / "failed_step.json").read_text())["trajectories"]
