@@ -150,6 +150,12 @@ def test_vargrad_needs_two_sequences_of_a_prompt():
             dict(local_search_samples=(1, 1), local_search_from="buffer"),
             "must be 'best' or 'random' without re",
         ),
+        (dict(num_samples=0, demonstration_samples=(4, 0)), "num_samples must be .* at every step, got 0"),
+        (dict(num_samples=0, replay_samples=4, replay_max_age=9), "replay_max_age must be None where num_sa"),
+        (
+            dict(epsilon=(0.2, 0.1), epsilon_share=0.02),
+            "epsilon_share must be a share that is one of num",
+        ),
         (
             dict(num_samples=0, demonstration_samples=(1, 1), objective="vargrad"),
             "num_samples must be >= 2 with",
@@ -163,6 +169,7 @@ def test_refuses_settings_that_contradict_each_other(values, message):
 
 def test_sequences_that_are_not_drawn_can_be_trained_on():
     TrainConfig(num_samples=0, replay_samples=4)
+    TrainConfig(num_samples=0, replay_samples=4, replay_max_age=9, demonstration_samples=(2, 1))
     TrainConfig(num_samples=0, demonstration_samples=(2, 2), objective="vargrad")
     TrainConfig(num_samples=1, replay_share=(0.5, 0.5), objective="vargrad")
     TrainConfig(local_search_samples=(30, 30), local_search_from="buffer", replay_share=(0.1, 0.1))

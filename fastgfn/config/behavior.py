@@ -154,12 +154,20 @@ class Behavior(Settings):
         want = f">= {most}, what replay_share={share} adds to num_samples={self.num_samples}"
         self._need(self.replay_capacity >= most, "replay_capacity", want, "raise it or lower replay_share")
         if self.num_samples == 0:
-            given = self.replay_samples > 0 or max(self.demonstration_samples) > 0
+            shown = round(min(self.demonstration_samples)) > 0
             fix = "draw some, or set replay_samples or demonstration_samples"
-            self._need(given, "num_samples", ">= 1, or 0 where something else is trained on", fix)
+            want = ">= 1, or 0 where something else is trained on at every step"
+            self._need(self.replay_samples > 0 or shown, "num_samples", want, fix)
+            ages = self.replay_max_age is not None and not (shown or searches)
+            want = "None where num_samples is 0, which stores nothing new"
+            self._need(not ages, "replay_max_age", want, "draw some")
             fix = "draw some, or set replay_samples"
             self._need(share == 0, "replay_share", "(0, 0) where num_samples is 0", fix)
             self._need(max(self.epsilon) == 0, "epsilon", "(0, 0) where num_samples is 0", "draw some")
+        elif max(self.epsilon) > 0:
+            explores = round(self.epsilon_share * self.num_samples) > 0
+            want = f"a share that is one of num_samples={self.num_samples} at least, with epsilon"
+            self._need(explores, "epsilon_share", want, "raise it or leave epsilon out")
         if searches and self.local_search_from == "buffer":
             fix = "set replay_samples or replay_share"
             self._need(self.uses_buffer, "local_search_from", "'best' or 'random' without replay", fix)
