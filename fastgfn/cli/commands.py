@@ -55,7 +55,9 @@ def train_rng(
 ) -> None:
     """Teach a model to draw uniform random integers, and measure the exact distance to the target."""
     flags = {"seed": seed, "steps": steps}
-    overrides = _overrides(option or []) | {k: v for k, v in flags.items() if v is not None}
+    overrides = _overrides(option or [])
+    TrainConfig.from_dict(overrides)
+    overrides |= {k: v for k, v in flags.items() if v is not None}
     settings = RngSettings(
         output=output,
         model=model,
@@ -236,5 +238,4 @@ def _overrides(pairs: list[str]) -> dict:
             values[key] = json.loads(text)
         except json.JSONDecodeError:
             values[key] = text
-    TrainConfig.from_dict(values)
     return values
