@@ -85,6 +85,8 @@ def test_the_whole_budget_is_spent_unless_asked(problem):
     whole = runs.run(problem(), overrides=FEW)
     cut = runs.run(problem(), overrides=FEW, stop_at=1.0)
     assert (whole.steps, cut.steps) == (3, 1) and _exact(cut) == _exact(whole)[:2]
+    # a table of whole budgets leaves it out
+    assert cut.overrides == FEW | {"stop_at": 1.0} and whole.overrides == FEW
 
 
 def test_training_lowers_the_exact_distance(problem):
@@ -254,6 +256,38 @@ def test_the_command_keeps_finished_runs(small, capsys, tmp_path):
     assert code == 2 and "must be a result of `fastgfn lab`" in error and error.count("\n") == 1
 
 
+def test_settings_of_an_objective_go_with_it(small, capsys, tmp_path):
+    """They are refused beside another one, which the default is."""
+    options = (
+        "--output",
+        "lab",
+        "--problem",
+        NAMES[0],
+        "--steps",
+        1,
+        "--set",
+        "rooted_eta=0.5",
+        "--no-plots",
+    )
+    code, _, error = small(capsys, *options)
+    assert code == 2 and "rooted_eta must be 0.25 with objective='modified_subtb'" in error
+    code, _, error = small(capsys, *options, "--objective", "rooted_prefix_tb")
+    assert code == 0, error
+    (file,) = (tmp_path / "lab").glob("*/*.json")
+    assert command.load(file).settings["rooted_eta"] == 0.5
+
+
+def test_a_run_that_was_cut_short_is_no_whole_one(small, capsys, tmp_path):
+    options = ("--output", "lab", "--problem", NAMES[0], "--steps", 3, "--no-plots")
+    assert small(capsys, *options, "--stop-at", 1)[0] == 0
+    (file,) = (tmp_path / "lab").glob("*/*.json")
+    assert command.load(file).steps == 1
+    code, _, error = small(capsys, *options)
+    assert code == 2 and "got {'stop_at': 1.0}; pass --overwrite" in error, error
+    code, out, _ = small(capsys, *options, "--stop-at", 1)
+    assert code == 0 and "1 runs, 1 of them done" in out
+
+
 def test_ctrl_c_keeps_what_is_finished(small, capsys, tmp_path, monkeypatch):
     seen, run = [], runs.run
 
@@ -293,6 +327,21 @@ def test_the_list_names_everything(small, capsys):
         (["--all", "--jobs", "0"], "--jobs must be >= 1, got 0"),
         (["--problem", NAMES[0], "--steps", "0"], "steps must be >= 1, got 0"),
         (["--problem", NAMES[0], "--set", "seed=3"], "seed must be omitted"),
+        (["--problem", NAMES[0], "--set", "objective=vargrad"], "got 'vargrad'; use --objective"),
+        (["--problem", NAMES[0], "--set", "conditioning=adapter_scale"], "conditioning must be omitted"),
+        (
+            ["--problem", "tiny-cold", "--set", "reward_temperature=[1.0, 0.9]"],
+            "reward_temperature must be [T, 0.5], got [1.0, 0.9]; let the schedule end there",
+        ),
+        (
+            ["--problem", "tiny-cold", "--objective", "rtb", "--set", "reward_temperature=[1.0, 0.5]"],
+            "must be [T, 1.0]",
+        ),
+        (
+            ["--problem", NAMES[0], "--objective", "rtb", "--set", "rtb_beta=2"],
+            "rtb_beta must be 1.0 with rtb, got 2",
+        ),
+        (["--problem", NAMES[0], "--stop-at", "0"], "--stop-at must be in (0, 1], got 0"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(small, capsys, tmp_path, args, message):

@@ -22,7 +22,7 @@ from fastgfn.checkpoint import read_json, write_json
 from fastgfn.config import TrainConfig
 from fastgfn.lab import plots, presets, table
 from fastgfn.lab.problems import NAMES, SPECS
-from fastgfn.lab.runs import Result, run
+from fastgfn.lab.runs import Result, check_overrides, given_stop, run, target_temperature
 
 DEFAULT_RUN = ("modified_subtb", "default")
 
@@ -166,7 +166,7 @@ def _is_done(spec: Spec, settings: LabSettings) -> bool:
     if not path.exists():
         return False
     result, fix = load(path), "pass --overwrite or another --output"
-    want, have = settings.overrides, result.overrides
+    want, have = settings.overrides | given_stop(settings.stop_at), result.overrides
     if have == want:
         # the presets may be others since
         known = json.loads(json.dumps(_settings(spec, settings)))
@@ -235,9 +235,11 @@ def _line(spec: Spec, result: Result) -> str:
 
 def _check_settings(wanted: Sequence[Spec], settings: LabSettings) -> None:
     """Refuse settings that contradict one another before the first run, whichever run they would break."""
-    given = settings.overrides.get("seed", "none")
-    checks.check(given == "none", "lab", "--set seed", "omitted", given, "use --seeds")
+    stop = settings.stop_at
+    checks.check(stop is None or 0 < stop <= 1, "lab", "--stop-at", "in (0, 1]", stop, "change it")
     for spec in wanted:
+        temperature = target_temperature(spec.objective, SPECS[spec.problem]["reward_temperature"])
+        check_overrides(settings.overrides, spec.objective, temperature)
         TrainConfig.from_dict(_settings(spec, settings))
 
 

@@ -31,7 +31,7 @@ EVALUATIONS, EVALUATED_SHARE = 40, 0.2
 class Result:
     """What a run reached. Every metric is exact, of the worst prompt.
 
-    strings: of all prompts. settings: of TrainConfig, whole. overrides: those that are no preset's.
+    strings: of all prompts. settings: of TrainConfig, whole. overrides: what is no preset's, and stop_at.
     curve: metrics of `Problem.evaluate` by "step" and "seconds", the first before training. `seconds` count
         training alone; `evaluation_seconds` are apart.
     log_z_learned: log Z(X) as learned or else as the last step estimates it; mean over prompts.
@@ -148,7 +148,7 @@ def run(
         posterior=presets.OBJECTIVES[objective].posterior,
         seed=seed,
         settings=config.to_dict(),
-        overrides=overrides,
+        overrides=overrides | given_stop(stop_at),
         curve=curve,
         steps=trainer.steps_done,
         seconds=seconds,
@@ -162,11 +162,17 @@ def run(
     )
 
 
+def given_stop(stop_at: float | None) -> dict[str, float]:
+    """What a result's overrides say of `stop_at`."""
+    return {} if stop_at is None else {"stop_at": stop_at}
+
+
 def make_config(
     problem: Problem, objective: str, behavior: str, seed: int, overrides: dict[str, Any]
 ) -> TrainConfig:
     """Settings of a run: the presets', what they take from the problem, and `overrides`."""
-    temperature = 1.0 if presets.OBJECTIVES[objective].over_prior else problem.reward_temperature
+    temperature = target_temperature(objective, problem.reward_temperature)
+    check_overrides(overrides, objective, temperature)
     given = {"reward_temperature": (temperature, temperature)}
     given |= presets.settings(problem.model, objective, behavior, overrides) | {"seed": seed}
     if given["objective"] == "rooted_prefix_tb" and problem.kind == "sparse":
@@ -174,6 +180,26 @@ def make_config(
         lowest = min(float(posterior.log_reward.min()) for posterior in problem.posteriors)
         given.setdefault("rooted_missing_reward", lowest)
     return TrainConfig.from_dict(given)
+
+
+def target_temperature(objective: str, reward_temperature: float) -> float:
+    """T of the reward that an objective is given."""
+    return 1.0 if presets.OBJECTIVES[objective].over_prior else reward_temperature
+
+
+def check_overrides(overrides: dict[str, Any], objective: str, temperature: float) -> None:
+    """Refuse settings that would train for another target than what is measured against, or that a result
+    would not be named after."""
+    for key, fix in (("seed", "use --seeds"), ("objective", "use --objective"), ("conditioning", "drop it")):
+        have = overrides.get(key)
+        checks.check(have is None, "lab", f"--set {key}", "omitted", repr(have), fix)
+    ends = overrides.get("reward_temperature")
+    if isinstance(ends, list | tuple) and len(ends) == 2:
+        want, fix = f"[T, {temperature}]", "let the schedule end there"
+        checks.check(ends[1] == temperature, "lab", "--set reward_temperature", want, ends, fix)
+    if presets.OBJECTIVES[objective].over_prior:
+        beta = overrides.get("rtb_beta", 1.0)
+        checks.check(beta == 1.0, "lab", "--set rtb_beta", f"1.0 with {objective}", beta, "drop it")
 
 
 def make_trainer(problem: Problem, config: TrainConfig, *, over_prior: bool = False) -> Trainer:
