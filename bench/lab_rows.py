@@ -8,7 +8,8 @@ from pathlib import Path
 
 import harness
 
-from fastgfn.cli.lab import load
+from fastgfn import checks
+from fastgfn.cli.lab import load_all
 from fastgfn.lab import table
 
 
@@ -19,7 +20,8 @@ def main() -> None:
         "--out", type=Path, help="folder of the CSV file; bench/results/<device> unless given"
     )
     arguments = parser.parse_args()
-    results = [load(path) for path in sorted(arguments.output.glob("*/*.json"))]
+    results = load_all(arguments.output)
+    checks.check(bool(results), "lab_rows", "the folder", "of results", arguments.output, "pass --output's")
     for result, row in zip(results, table.rows(results), strict=True):
         path = harness.append_rows("lab", [row], result.provenance, arguments.out)
     print(path)

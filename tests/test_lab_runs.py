@@ -17,6 +17,7 @@ from fastgfn.cli import lab as command
 from fastgfn.cli import main
 from fastgfn.lab import presets, runs, table
 from fastgfn.lab.problems import NAMES, build_problem
+from fastgfn.models.adapter import PARTIAL
 from fastgfn.packing import pack
 from fastgfn.rewards import log_reward
 from fastgfn.rollout import sample
@@ -275,6 +276,40 @@ def test_settings_of_an_objective_go_with_it(small, capsys, tmp_path):
     assert code == 0, error
     (file,) = (tmp_path / "lab").glob("*/*.json")
     assert command.load(file).settings["rooted_eta"] == 0.5
+
+
+def test_only_results_are_read_and_before_the_first_run(small, capsys, tmp_path, monkeypatch):
+    """Other JSON files, what a killed process left, and a broken result of a run that is not asked for."""
+    options = ("--output", "runs", "--problem", NAMES[0], "--steps", 1, "--no-plots")
+    for name in ("demo/report.json", f"{NAMES[0]}/{PARTIAL}modified_subtb-default-0.json"):
+        (tmp_path / "runs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / name).write_text("{")
+    code, _, error = small(capsys, *options)
+    assert code == 0 and (tmp_path / "runs" / "lab.md").exists(), error
+    (tmp_path / "runs" / NAMES[1]).mkdir()
+    (tmp_path / "runs" / NAMES[1] / "vargrad-default-7.json").write_text('{"problem"')
+    monkeypatch.setattr(command, "run", None)
+    code, _, error = small(capsys, *options, "--overwrite")
+    assert code == 2 and "vargrad-default-7.json must be a readable JSON file" in error, error
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(sys, "argv", ["lab_rows.py", str(tmp_path / "empty")])
+    with pytest.raises(InputError, match="the folder must be of results"):
+        lab_rows.main()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_run(
+    small, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(command, "run", None)
+    (tmp_path / "file").touch()
+    options = ("--problem", NAMES[0], "--no-plots", "--output")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, _, error = small(capsys, *options, folder)
+        assert code == 2 and "--output must be a writable folder, got" in error and error.count("\n") == 1
+    # the folder is there, on a file system that is read-only
+    monkeypatch.setattr(command.os, "access", lambda path, mode: False)
+    code, _, error = small(capsys, *options, "lab")
+    assert code == 2 and "--output must be a writable folder, got lab (Permission denied)" in error
 
 
 def test_a_run_that_was_cut_short_is_no_whole_one(small, capsys, tmp_path):

@@ -2,11 +2,12 @@
 
 import contextlib
 import csv
+import errno
 import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
@@ -99,9 +100,14 @@ def main(settings: LabSettings) -> bool:
     if settings.plots:
         plots.require_matplotlib()
     todo = [s for s in wanted if settings.overwrite or not _is_done(s, settings)]
+    # what is only reported is read before the first run too, not after the last one
+    load_all(output, besides={spec.path(output) for spec in todo})
     with _writable(output):
         for spec in wanted:
-            spec.path(output).parent.mkdir(parents=True, exist_ok=True)
+            folder = spec.path(output).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     console.print(f"{len(wanted)} runs, {len(wanted) - len(todo)} of them done; {_estimate(todo, settings)}")
     interrupted = False
     try:
@@ -111,11 +117,17 @@ def main(settings: LabSettings) -> bool:
     except KeyboardInterrupt:
         interrupted = True
         console.print("interrupted; finished runs are kept, the same command goes on with the others")
-    results = [load(path) for path in sorted(output.glob("*/*.json"))]
+    results = load_all(output)
     if results:
         report(results, output, with_plots=settings.plots)
         console.print(f"lab.md, lab.csv{' and plots' if settings.plots else ''}: {output}")
     return not interrupted
+
+
+def load_all(output: Path, *, besides: Collection[Path] = ()) -> list[Result]:
+    """The results of a folder, by path; other files there, and what a killed process left, are let be."""
+    paths = [path for name in NAMES for path in (output / name).glob("[!.]*.json")]
+    return [load(path) for path in sorted(paths) if path not in besides]
 
 
 def load(path: Path) -> Result:
