@@ -6,10 +6,8 @@ import math
 import sys
 from dataclasses import replace
 
-import harness
 import lab_rows
 import pytest
-import tables
 import torch
 
 from fastgfn.checks import InputError
@@ -142,6 +140,10 @@ def test_few_evaluations_where_strings_are_many(problem):
     assert nodes / every == pytest.approx(0.2 * 5 * 10 * 1, rel=0.02)
 
 
+def _rows(results):
+    return [r.provenance | row for r, row in zip(results, table.rows(results), strict=True)]
+
+
 def test_a_run_that_breaks_off_says_why(problem, monkeypatch):
     step = runs.Trainer.step
 
@@ -176,60 +178,6 @@ def test_a_relative_objective_has_the_same_target(problem):
 
 def _log_probs(problem):
     return [(p, runs.log_probs(p, problem.policy)) for p in problem.posteriors]
-
-
-def _rows(results):
-    return [r.provenance | row for r, row in zip(results, table.rows(results), strict=True)]
-
-
-def test_tables_have_a_line_each_and_say_what_is_missing(finished):
-    first, second = finished
-    changed = [replace(r, behavior="epsilon", log_q=[[0.0] + [-99.0] * 12] * 2) for r in finished]
-    rows = table.text_rows(_rows([first, second, *changed]))
-    assert rows[0]["tv"] == f"{first.end['tv']:.4g}" and rows[0]["seconds_to_tv"] == ""
-    want = runs.tv_between(first, changed[0])
-    assert 0 < want <= 1 and rows[0]["tv_between"] == rows[2]["tv_between"] == f"{want:.4g}"
-    lines = table.objectives(rows, "smallest", "absent").splitlines()
-    assert len(lines) == 2 + len(presets.OBJECTIVES) == 14
-    mean = (first.end["tv"] + second.end["tv"]) / 2
-    assert (
-        lines[2].startswith(f"| modified_subtb | yes | {mean:.2g}")
-        and ", fails |" in lines[2]
-        and "| never |" in lines[2]
-    )
-    assert all(line.count("not measured") == (1 if i == 0 else 2) for i, line in enumerate(lines[2:]))
-    assert all(line.count("|") == lines[0].count("|") for line in lines)
-    shown = table.behaviors(rows, "smallest").splitlines()
-    assert len(shown) == 2 + len(presets.BEHAVIORS) and f"| {want:.2g}" in shown[2]
-    assert "| smallest | sparse | tiny | 26 | 0.5 |" in table.problems(rows, ["smallest", "absent"])
-    assert table.notes(rows).startswith("2 seeds") and first.provenance["commit"] in table.notes(rows)
-    assert table.notes([]) == ""
-
-
-def test_rows_make_the_tables_of_the_readme(finished, tmp_path, monkeypatch):
-    """Rows with the provenance of their run, of clean commits, without overrides."""
-    folder = tmp_path / "cpu"
-    stamp = finished[0].provenance | {"dirty": 0}
-    clean = [replace(r, problem=presets.SPARSE, overrides={}, provenance=stamp) for r in finished]
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    empty = {name: tables.lab(name) for name in ("lab", "lab_problems", "lab_behavior")}
-    assert all("not measured" in text and stamp["commit"] not in text for text in empty.values())
-    dirty = replace(clean[0], provenance=stamp | {"dirty": 1})
-    for result in (dirty, replace(clean[0], overrides={"steps": 3}), *clean):
-        target = command.Spec(result.problem, "modified_subtb", "default", result.seed).path(
-            tmp_path / "runs"
-        )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(result.to_dict()))
-        monkeypatch.setattr(sys, "argv", ["lab_rows.py", str(tmp_path / "runs"), "--out", str(folder)])
-        lab_rows.main()
-    with (folder / "lab.csv").open(newline="") as file:
-        assert [r["dirty"] for r in csv.DictReader(file)].count("0") == 4
-    mean = f"{(finished[0].end['tv'] + finished[1].end['tv']) / 2:.2g}"
-    for name, line in (("lab", "| modified_subtb |"), ("lab_problems", f"| {presets.SPARSE} |")):
-        (found,) = [x for x in tables.lab(name).splitlines() if x.startswith(line)]
-        assert f"| {mean}" in found and f"commit {stamp['commit']}" in tables.lab(name)
-    assert tables.lab("lab_behavior") == empty["lab_behavior"]
 
 
 def test_the_command_keeps_finished_runs(small, capsys, tmp_path):

@@ -116,7 +116,8 @@ def main(settings: LabSettings) -> bool:
             console.print(_line(spec, result), highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
         interrupted = True
-        console.print("interrupted; finished runs are kept, the same command goes on with the others")
+        goes_on = "" if settings.overwrite else ", the same command goes on with the others"
+        console.print(f"interrupted; finished runs are kept{goes_on}")
     results = load_all(output)
     if results:
         report(results, output, with_plots=settings.plots)
@@ -150,13 +151,18 @@ def report(results: Sequence[Result], output: Path, *, with_plots: bool) -> None
         writer.writeheader()
         writer.writerows(made)
     rows = table.text_rows(made)
-    names = sorted({r["problem"] for r in rows}, key=NAMES.index)
-    parts = [
-        ("Problems", table.problems(rows, names)),
-        ("Objectives", table.objectives(rows, presets.DENSE, presets.SPARSE)),
-        ("Behaviours", table.behaviors(rows, presets.DENSE)),
-    ]
-    text = "\n\n".join(f"## {title}\n\n{body}" for title, body in parts)
+    # those of the default configuration; what else was run is among the runs
+    default = [r for r in rows if (r["objective"], r["behavior"]) == DEFAULT_RUN]
+    names = [name for name in NAMES if name in {r["problem"] for r in default}]
+    compared = [r for r in rows if r["problem"] in (presets.DENSE, presets.SPARSE)]
+    parts = {"Runs": table.runs(rows)}
+    if names:
+        parts["Problems"] = table.problems(rows, names)
+    if any(r["behavior"] == DEFAULT_RUN[1] for r in compared):
+        parts["Objectives"] = table.objectives(rows, presets.DENSE, presets.SPARSE)
+    if any(r["objective"] == DEFAULT_RUN[0] for r in compared if r["problem"] == presets.DENSE):
+        parts["Behaviours"] = table.behaviors(rows, presets.DENSE)
+    text = "\n\n".join(f"## {title}\n\n{body}" for title, body in parts.items())
     (output / "lab.md").write_text(f"# The laboratory\n\n{text}\n\n{table.notes(rows)}\n")
     if with_plots:
         plots.draw(results, output)

@@ -7,6 +7,14 @@ from fastgfn.lab.presets import BEHAVIORS, OBJECTIVES
 from fastgfn.lab.runs import THRESHOLD, Result, tv_between
 
 Row = dict[str, str]
+# Below the table of the objectives.
+FIXED_POINTS = (
+    'Where the second column says "no", the sampler of loss 0 is not R\'s posterior; that of rooted_prefix_tb '
+    "is it only where no prefix lacks a reward, so not on the sparse problem. All residuals are squared: a "
+    "clamped one has the same solution but no gradient beyond its limit, so that what is farther away stays "
+    "there. Termination drift is the mean of log q(stop) minus the target's where the target's strings end: "
+    "below 0, q goes on where it should stop."
+)
 METRICS = (
     "tv",
     "kl_target_to_model",
@@ -78,6 +86,19 @@ def objectives(rows: Sequence[Row], dense: str, sparse: str) -> str:
             line += _reached(own)
         own = _select(rows, problem=sparse, objective=name, behavior="default")
         body.append([*line, spread(own, "termination_drift")])
+    return f"{_table(header, body)}\n\n{FIXED_POINTS}"
+
+
+def runs(rows: Sequence[Row]) -> str:
+    """A line for whatever was run, of all its seeds."""
+    header = ["problem", "objective", "fixed point is the posterior", "behaviour", "settings", "TV before"]
+    header += ["TV", "worse KL", "`log_z_error`", "modes", f"s to TV <= {THRESHOLD}", "termination drift"]
+    keys = ("problem", "objective", "posterior", "behavior", "overrides")
+    body = []
+    for known in dict.fromkeys(tuple(row[k] for k in keys) for row in rows):
+        own = _select(rows, **dict(zip(keys, known, strict=True)))
+        known = [*known[:-1], "" if known[-1] == "{}" else known[-1], spread(own, "start_tv")]
+        body.append([*known, *_reached(own), spread(own, "termination_drift")])
     return _table(header, body)
 
 
@@ -88,11 +109,16 @@ def _reached(own: Sequence[Row]) -> list[str]:
         row | {"kl": str(max(float(row["kl_target_to_model"]), float(row["kl_model_to_target"])))}
         for row in own
     ]
-    fails = all(not float(row["tv"]) <= THRESHOLD for row in own)
-    note = ", broke off" if any(row["error"] for row in own) else ", fails" if fails else ""
+    note = _note(own, "broke off", [row["error"] for row in own])
+    note = note or _note(own, "fails", [not float(row["tv"]) <= THRESHOLD for row in own])
     names = ("log_z_error", "mode_coverage")
     cells = [spread(own, "tv") + note, spread(worse, "kl"), *(spread(own, name) for name in names)]
     return [*cells, seconds(own)]
+
+
+def _note(own: Sequence[Row], text: str, which: Sequence[object]) -> str:
+    num = sum(map(bool, which))
+    return "" if num == 0 else f", {text}" if num == len(own) else f", {text} in {num} of {len(own)}"
 
 
 def problems(rows: Sequence[Row], names: Sequence[str]) -> str:
@@ -131,7 +157,10 @@ def notes(rows: Sequence[Row]) -> str:
     parts = [f"{len(seeds)} seeds: mean (least to most)" if len(seeds) > 1 else "One seed"]
     parts += sorted({f"{row['model']}: {row['weights']} weights" for row in rows if row["model"] == "tiny"})
     parts += sorted({f"{row['model']}: {row['weights']}" for row in rows if row["model"] != "tiny"})
-    parts += sorted({f"{r['device']}, {r['threads']} threads, commit {r['commit']}" for r in rows})
+    parts += sorted({f"settings {r['overrides']}" for r in rows if r["overrides"] != "{}"})
+    changed = {"0": "", "1": " with changes"}
+    stamps = ((r, changed[r["dirty"]]) for r in rows)
+    parts += sorted({f"{r['device']}, {r['threads']} threads, commit {r['commit']}{x}" for r, x in stamps})
     return "; ".join(parts) + ". All exact, none sampled."
 
 
