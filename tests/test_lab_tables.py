@@ -157,3 +157,12 @@ def test_a_report_holds_every_run_and_the_settings_and_commits_behind_it(tmp_pat
     text = (tmp_path / "lab.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     assert titles == ["## Runs", "## Problems", "## Objectives", "## Behaviours"]
+
+
+def test_seconds_are_whole_numbers_with_their_spread():
+    slow = [result(i, seconds=x) for i, x in enumerate((143.6, 187.2, 1712.0))]
+    curves = [[r.curve[0], r.curve[1] | {"seconds": r.seconds}] for r in slow]
+    made = rows([replace(r, curve=c) for r, c in zip(slow, curves, strict=True)])
+    assert "| 681 (144 to 1712) | 681 (144 to 1712) |" in table.problems(made, ["smallest"])
+    late = [*rows([result(0)]), *rows([result(1, tv=0.3)])]
+    assert "| 7, 1 of 2 |" in table.problems(late, ["smallest"])

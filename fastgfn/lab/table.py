@@ -9,8 +9,8 @@ from fastgfn.lab.runs import THRESHOLD, Result, tv_between
 Row = dict[str, str]
 # Below the table of the objectives.
 FIXED_POINTS = (
-    'Where the second column says "no", the sampler of loss 0 is not R\'s posterior; that of rooted_prefix_tb '
-    "is it only where no prefix lacks a reward, so not on the sparse problem. All residuals are squared: a "
+    'Where the second column says "no", the sampler of loss 0 is not R\'s posterior; that of '
+    "rooted_prefix_tb is it only where no prefix lacks a reward, so not on the sparse problem. All residuals are squared: a "
     "clamped one has the same solution but no gradient beyond its limit, so that what is farther away stays "
     "there. Termination drift is the mean of log q(stop) minus the target's where the target's strings end: "
     "below 0, q goes on where it should stop."
@@ -169,8 +169,9 @@ def seconds(own: Sequence[Row]) -> str:
     reached = [row for row in own if row["seconds_to_tv"]]
     if not reached:
         return "never"
-    mean = sum(float(row["seconds_to_tv"]) for row in reached) / len(reached)
-    return f"{mean:.0f}" if len(reached) == len(own) else f"{mean:.0f} ({len(reached)} of {len(own)})"
+    return spread(own, "seconds_to_tv") + (
+        "" if len(reached) == len(own) else f", {len(reached)} of {len(own)}"
+    )
 
 
 def spread(own: Sequence[Row], column: str) -> str:
@@ -178,8 +179,12 @@ def spread(own: Sequence[Row], column: str) -> str:
     values = [float(row[column]) for row in own if row[column]]
     if not values:
         return ""
-    mean, least, most = (f"{v:.2g}" for v in (sum(values) / len(values), min(values), max(values)))
+    mean, least, most = map(_short, (sum(values) / len(values), min(values), max(values)))
     return mean if least == most else f"{mean} ({least} to {most})"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
 
 
 def _select(rows: Sequence[Row], **known: str) -> list[Row]:
