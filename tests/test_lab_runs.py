@@ -260,6 +260,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_run(
     assert code == 2 and "--output must be a writable folder, got lab (Permission denied)" in error
 
 
+def test_missing_matplotlib_is_noticed_before_the_first_run(small, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = ("--problem", NAMES[0], "--steps", 1, "--output", "lab")
+    code, _, error = small(capsys, *options)
+    assert code == 2 and "pass --no-plots" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+    assert small(capsys, *options, "--no-plots")[0] == 0
+
+
 def test_a_run_that_was_cut_short_is_no_whole_one(small, capsys, tmp_path):
     options = ("--output", "lab", "--problem", NAMES[0], "--steps", 3, "--no-plots")
     assert small(capsys, *options, "--stop-at", 1)[0] == 0
