@@ -189,6 +189,16 @@ def test_mass_outside_the_strings_is_invalid(monkeypatch, reward):
     assert result["kl_model_to_target"] == math.inf
 
 
+def test_every_one_of_equal_modes_counts(monkeypatch):
+    """Nine tenths of 13 equal strings are 12, whichever; a sampler that misses one covers 12 of 13."""
+    found = _posterior(SequenceReward(lambda zs: [0.0] * len(zs)), max_length=2)
+    monkeypatch.setattr(lab, "node_log_probs", lambda posterior, policy: _as_target(posterior))
+    for missed in range(13):
+        log_q = found.log_target.index_fill(0, torch.tensor(missed), -9.0)
+        monkeypatch.setattr(lab, "_of_strings", lambda nodes, posterior, log_q=log_q: log_q)
+        assert evaluate_exactly(found, None)["mode_coverage"] == pytest.approx(12 / 13)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

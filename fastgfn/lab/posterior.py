@@ -28,6 +28,8 @@ PREFIXES = 4096
 ROUNDING = 1e-5
 # The share of the target's mass that its modes hold together.
 MODE_MASS = 0.9
+# Nats between strings that are as probable as each other.
+TIE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -241,8 +243,8 @@ def evaluate_exactly(posterior: Posterior, policy: Policy) -> dict[str, float]:
         the target has none. Up to ROUNDING the mass there is rounding, beyond it the second KL is infinite.
     invalid_mass: that cell, 1 - the sum of q.
     log_f, log_z_error: log F(s_0) as of `log_flow_at_start`, and |log F(s_0) - log Z|.
-    mode_coverage: of the fewest strings that hold MODE_MASS of the target, the share to which q gives at
-        least half their probability.
+    mode_coverage: of the fewest strings that hold MODE_MASS of the target, and those as probable as the last
+        of them, the share to which q gives at least half their probability.
     termination_drift: mean over the target's strings of log q(stop) - log target(stop); below 0 the policy
         goes on where it should stop.
     early_stop_drift: the same mean over the prefixes that the target's strings pass and that may stop; above
@@ -256,7 +258,9 @@ def evaluate_exactly(posterior: Posterior, policy: Policy) -> dict[str, float]:
     beyond = torch.inf if invalid > ROUNDING else 0.0
     log_f = log_flow_at_start(posterior, log_q, nodes.log_pterm)
     order = log_p.argsort(descending=True)
-    modes = order[: 1 + int((p[order].cumsum(0) < MODE_MASS * p.sum()).sum())]
+    last = order[int((p[order].cumsum(0) < MODE_MASS * p.sum()).sum())]
+    # all that are as probable as the last, or it would be up to their order which of them count
+    modes = log_p >= log_p[last] - TIE
     leaf = posterior.tree.leaf.cpu()
     drift = nodes.log_pterm - posterior.log_stop
     # the probability that a string of the target passes each prefix and goes on there
