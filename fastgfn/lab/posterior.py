@@ -228,7 +228,8 @@ def _of_strings(log_probs: LogProbs, posterior: Posterior) -> Tensor:
 
 def log_flow_at_start(posterior: Posterior, log_q: Tensor, log_pterm: Tensor) -> float:
     """log F(s_0) that the policy implies. Where s_0 may stop, log R(s_0 stop) / T - log q(stop | s_0). Where
-    it may not, the mean of log R / T - log q over the policy's own strings: log Z - KL(q || target)."""
+    it may not, the mean of log R / T - log q over the policy's own strings: log Z - KL(q || target), which is
+    what the anchor of modified SubTB estimates from a batch of q."""
     first = len(posterior.prompt) - 1
     if posterior.log_stop[first] > -torch.inf:
         return float(posterior.log_stop[first]) + posterior.log_z - float(log_pterm[first])
