@@ -33,7 +33,8 @@ def pack(
         bits each. States that it lets not stop are not terminable.
 
     Raises:
-        InputError: rollouts of a grammar without it, or of none with one; "own" termination under a grammar;
+        InputError: a sequence that begins with an observation, so that s_0 would be none of its states;
+            rollouts of a grammar without it, or of none with one; "own" termination under a grammar;
             a mask that is no (K, V) bool, or lacks a token that was drawn or any token at all.
     """
     if grammar is None:
@@ -47,6 +48,10 @@ def pack(
             termination == "forced", "pack", "termination", "'forced' under a grammar", termination, fix
         )
     is_action = rollouts.is_action
+    if is_action is not None:
+        answered = bool((~is_action[:, :1] & (rollouts.lengths > 0)[:, None]).any())
+        want, fix = "True of every first token", "what is known before the first action is of the prompt"
+        checks.check(not answered, "pack", "is_action", want, "False", fix)
     roles = (
         None if is_action is None else torch.where(is_action, Role.ACTION, Role.OBSERVATION).to(torch.int8)
     )

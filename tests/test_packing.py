@@ -137,3 +137,21 @@ def test_a_trajectory_that_is_too_long_for_a_part_is_refused():
     want = "max_tokens must be >= 4, the nodes of trajectory 0 and its prompt, got 3; raise it, or shorten"
     with pytest.raises(InputError, match=want):
         split_tree(tree, max_tokens=3)
+
+
+def test_a_sequence_that_begins_with_an_observation_is_refused():
+    """The prompt's last node would be no state: no anchor below min_length, no log Z(X) from a flow head."""
+    tokens, lengths = torch.tensor([[5, 6], [0, 0]]), torch.tensor([2, 0])
+    limits, prompts = Constraints(0, max_length=2), (torch.tensor([7]),)
+
+    def packed(is_action):
+        rollouts = Rollouts(
+            prompts, lengths * 0, tokens, lengths, torch.zeros(2), limits, is_action=torch.tensor(is_action)
+        )
+        return pack(rollouts)
+
+    assert packed([[True, False], [False, False]]).is_root_state.tolist() == [True, False, False]
+    with pytest.raises(
+        InputError, match="pack: is_action must be True of every first token, got False; what"
+    ):
+        packed([[False, True], [False, False]])
