@@ -46,6 +46,7 @@ class Constraints:
     termination: "forced" (default): the limits belong to q, so stopping is impossible (probability 0, the
         other tokens renormalised) below min_length and certain (log_pterm = 0) at max_length.
         "own": the published convention; the limits bind the sampler only and log_pterm stays the model's own.
+        A loss of 0 then does not make what is drawn R's posterior.
     logit_bias: (V,) float32 added to the logits before the softmax (a vocabulary mask, e.g. -99), or None.
     extra_termination_token_ids: further tokens that end a sequence and never are part of it; q(stop) is the
         sum of the probabilities of all of them.

@@ -42,10 +42,11 @@ def rooted_prefix_tb_loss(
     """Rooted-prefix trajectory balance (RapTB), O(N L).
 
     loss = mean over trajectories of (log_z + U_n)^2 + eta sum_k w_k (U_k - U_0 + alpha_k (u_k - u_k^tgt))^2,
-    without a gradient to log q(stop | s_k) in the second term; U_0 = -log_z where s_0 cannot stop. Its fixed
-    point is R's posterior where every prefix has a reward of its own (alpha = 0); with sparse rewards it is
-    not, as the terms then contradict each other. Choose it for sparse rewards of long sequences, where the
-    windows of SubTB drive the stop probabilities away and TB alone is slow.
+    U as of `modified_subtb_loss`, without a gradient to log q(stop | s_k) in the second term; U_0 = -log_z
+    where s_0 cannot stop. Its fixed point is R's posterior where every prefix has a reward of its own
+    (alpha = 0); with sparse rewards it is not, as the terms then contradict each other. Choose it for sparse
+    rewards of long sequences, where the windows of SubTB drive the stop probabilities away and TB alone is
+    slow.
     Wang et al. 2026 (arXiv:2603.00454). What differs: log_z may be estimated; see fastgfn.functional.rooted.
 
     Args:
@@ -102,7 +103,8 @@ def interpolated_subtb_loss(
     Not R's posterior, unless log R is linear between these: a prefix is interpolated towards every
     trajectory through it, so that no q at all may have zero loss. Choose it where the reward of every
     prefix costs a forward of its own, and accept the bias.
-    Sun et al. 2025 (LaCoT). What differs: the tail is interpolated to the trajectory's own reward.
+    Sun et al. 2025 (LaCoT, arXiv:2510.23925). What differs: the tail is interpolated to the trajectory's own
+    reward.
 
     Args:
         log_reward: (T,) tempered; read at the prefixes named above.
