@@ -34,7 +34,7 @@ class Result:
     strings: of all prompts. settings: of TrainConfig, whole. overrides: what is no preset's, and stop_at.
     curve: metrics of `Problem.evaluate` by "step" and "seconds", the first before training. `seconds` count
         training alone; `evaluation_seconds` are apart.
-    log_z_learned: log Z(X) as learned or else as the last step estimates it; mean over prompts.
+    log_z_learned: log Z(X) as learned or else as the last step estimates it; mean over that step's prompts.
     error: why the run broke off, or empty; the curve then ends before the step that failed.
     log_q: (strings,) float64, the trained sampler's, by prompt and string.
     """

@@ -10,10 +10,10 @@ Row = dict[str, str]
 # Below the table of the objectives.
 FIXED_POINTS = (
     'Where the second column says "no", the sampler of loss 0 is not R\'s posterior; that of '
-    "rooted_prefix_tb is it only where no prefix lacks a reward, so not on the sparse problem. All "
-    "residuals are squared: a clamped one has the same solution but no gradient beyond its limit, so "
-    "that what is farther away stays there. Termination drift is the mean of log q(stop) minus the "
-    "target's where the target's strings end: below 0, q goes on where it should stop."
+    "rooted_prefix_tb is it only where no prefix lacks a reward, so not on the sparse problem. Unless "
+    "settings say otherwise residuals are squared: a clamped one has the same solution but no gradient "
+    "beyond its limit, so that what is farther away stays there. Termination drift is the mean of log "
+    "q(stop) minus the target's where the target's strings end: below 0, q goes on where it should stop."
 )
 METRICS = (
     "tv",
