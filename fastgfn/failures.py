@@ -94,9 +94,10 @@ def _fail(what: str, value: float, batches: Sequence[tuple[Pass, Rollouts]], pol
     error = checks.NonFiniteError(checks.message("Trainer.step", what, "finite", value, FIX))
     found, finite = [], []
     for result, rollouts in batches:
-        residual = (result.log_q - result.log_reward).abs().cpu()
+        log_z = result.log_z if result.known_log_z is None else result.known_log_z
+        residual = (result.log_ratio.cpu() - log_z.cpu()[rollouts.group]).abs()
         records = _records(policy, rollouts, result.log_q.tolist(), result.log_reward.tolist())
-        bad = (~residual.isfinite()).tolist()
+        bad = (~(result.log_q - result.log_reward).isfinite()).tolist()
         found += [record for record, is_bad in zip(records, bad, strict=True) if is_bad]
         finite += zip(residual.nan_to_num(0.0).tolist(), records, strict=True)
     worst = sorted(finite, key=lambda pair: -pair[0])[:WORST]
