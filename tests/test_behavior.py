@@ -328,6 +328,15 @@ def test_all_behaviours_stay_within_a_grammar(tiny_policy):
             _trainer(tiny_policy(), demonstrations=[(0, z)], **options)
 
 
+def test_a_mask_narrower_than_the_vocabulary_is_refused(tiny_policy):
+    class Narrow:
+        def allowed(self, sequences):
+            return torch.ones(len(sequences), 9, dtype=torch.bool)
+
+    with pytest.raises(InputError, match="Trainer: grammar mask must .*; return a column per token"):
+        _trainer(tiny_policy(), grammar=Narrow(), demonstrations=[(0, [11])], replay_samples=2)
+
+
 def test_a_failed_first_step_stores_what_was_given_once_more(tiny_policy):
     """With the draws of an undisturbed run."""
     calls, failing = [], []

@@ -35,6 +35,7 @@ def check_sequence(
     # at max_length a sequence ends whatever the grammar says
     states = [list(z[:k]) for k in range(min(len(z) + 1, high))]
     allowed = grammar.allowed(states)
+    checks.check_shape("Trainer", "grammar mask", allowed, (len(states), vocab), "return a column per token")
     need(all(bool(allowed[k, t]) for k, t in enumerate(z)), "one that the grammar allows")
     if len(z) < high:
         need(bool(allowed[len(z), list(stops)].any()), "one that the grammar lets end there")
