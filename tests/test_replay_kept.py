@@ -309,3 +309,13 @@ def test_refuses_bad_values():
         with pytest.raises(kind, match=message):
             add(buffer, [[1], [2]], [0.0, 0.0])
         assert len(buffer) == 0
+
+
+def test_embeddings_of_another_width_are_refused():
+    """One of width 1 would be taken for a row of equal numbers."""
+    widths = iter((3, 1))
+    buffer = ReplayBuffer(5, duplicates="embedding", embed=lambda zs: torch.ones(len(zs), next(widths)))
+    buffer.add(rollouts_of([[5]]), torch.zeros(1))
+    with pytest.raises(InputError, match="embed's width must be 3, got 1; return rows of one width"):
+        buffer.add(rollouts_of([[6, 7, 8]]), torch.ones(1))
+    assert len(buffer) == 1

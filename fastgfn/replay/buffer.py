@@ -276,7 +276,11 @@ class ReplayBuffer:
         reads = self.duplicates == "embedding" or "submodular" in (self.selection, self.keep)
         if self.embed is None or not reads or not entries:
             return [None] * len(entries)
-        return unit_rows(self.embed, [e.tokens for e in entries])
+        rows = unit_rows(self.embed, [e.tokens for e in entries])
+        stored = next((row for s in self._shelves.values() for row in s.rows.values()), rows[0])
+        want, have = len(stored), rows.shape[1]
+        checks.check(want == have, "ReplayBuffer", "embed's width", want, have, "return rows of one width")
+        return rows
 
     def _new_shelf(self) -> Shelf:
         kinds = {"near": EditNeighbors, "embedding": CosineNeighbors}
