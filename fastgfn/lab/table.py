@@ -77,7 +77,7 @@ def objectives(rows: Sequence[Row], dense: str, sparse: str) -> str:
     for kind in ("dense", "sparse"):
         names = ("TV", "worse KL", "`log_z_error`", "modes", f"s to TV <= {THRESHOLD}")
         header += [f"{kind}: {name}" for name in names]
-    header.append("sparse: termination drift")
+    header += ["sparse: termination drift", "sparse: early-stop drift"]
     body = []
     for name, preset in OBJECTIVES.items():
         line = [name, preset.posterior]
@@ -85,7 +85,7 @@ def objectives(rows: Sequence[Row], dense: str, sparse: str) -> str:
             own = _select(rows, problem=problem, objective=name, behavior="default")
             line += _reached(own)
         own = _select(rows, problem=sparse, objective=name, behavior="default")
-        body.append([*line, spread(own, "termination_drift")])
+        body.append([*line, *(spread(own, name) for name in ("termination_drift", "early_stop_drift"))])
     return f"{_table(header, body)}\n\n{FIXED_POINTS}"
 
 
