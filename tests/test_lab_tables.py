@@ -166,3 +166,17 @@ def test_seconds_are_whole_numbers_with_their_spread():
     assert "| 681 (144 to 1712) | 681 (144 to 1712) |" in table.problems(made, ["smallest"])
     late = [*rows([result(0)]), *rows([result(1, tv=0.3)])]
     assert "| 7, 1 of 2 |" in table.problems(late, ["smallest"])
+
+
+def test_the_note_says_how_many_seeds_the_lines_have():
+    given = dict(
+        problem="p", model="tiny", weights="random", overrides="{}", dirty="0", device="d", threads="1"
+    )
+    rows = [
+        given | dict(objective=name, behavior="default", seed=str(seed), commit="c")
+        for name, num in (("a", 3), ("b", 2))
+        for seed in range(num)
+    ]
+    assert table.notes(rows).startswith("2 to 3 seeds: mean (least to most); ")
+    assert table.notes(rows[:3]).startswith("3 seeds: mean")
+    assert table.notes(rows[:1]).startswith("One seed; ")

@@ -1,6 +1,7 @@
 """Results as rows, and rows as tables in Markdown: of the objectives, the problems, the behaviours."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from fastgfn.lab.presets import BEHAVIORS, OBJECTIVES
@@ -153,8 +154,10 @@ def notes(rows: Sequence[Row]) -> str:
     """What the figures are of: seeds, weights, machine and commit."""
     if not rows:
         return ""
-    seeds = sorted({int(row["seed"]) for row in rows})
-    parts = [f"{len(seeds)} seeds: mean (least to most)" if len(seeds) > 1 else "One seed"]
+    runs = {tuple(row[k] for k in ("problem", "objective", "behavior", "seed")) for row in rows}
+    seeds = Counter(run[:-1] for run in runs).values()
+    num = str(max(seeds)) if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
+    parts = [f"{num} seeds: mean (least to most)" if max(seeds) > 1 else "One seed"]
     parts += sorted({f"{row['model']}: {row['weights']} weights" for row in rows if row["model"] == "tiny"})
     parts += sorted({f"{row['model']}: {row['weights']}" for row in rows if row["model"] != "tiny"})
     parts += sorted({f"settings {r['overrides']}" for r in rows if r["overrides"] != "{}"})
