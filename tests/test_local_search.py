@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastgfn.behavior.local_search import Points, best_rows, log_acceptance, num_cuts, random_rows, search
+from fastgfn.behavior.local_search import Points, best_rows, log_acceptance, random_rows, search
 from fastgfn.behavior.rows import of_sequences
+from fastgfn.evaluate.annealing import num_cuts
 from fastgfn.types import Constraints
 
 PROMPT = [1, 2]

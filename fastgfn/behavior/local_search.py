@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastgfn.behavior.rows import chosen
+from fastgfn.evaluate import annealing
+from fastgfn.evaluate.annealing import num_cuts
 from fastgfn.types import Rollouts
 
 
@@ -33,12 +35,6 @@ class Points:
         )
 
 
-def num_cuts(lengths: Tensor, max_length: int) -> Tensor:
-    """(N,) places where a trajectory of so many tokens can be cut: from before its first token to before its
-    stop, or where max_length stops it, its last token."""
-    return lengths.clamp(max=max_length - 1) + 1
-
-
 def log_acceptance(old: Points, new: Points, *, accept: str, reward_temperature: float) -> Tensor:
     """(N,) log-probability with which each search moves from `old` to `new`, its regrown trajectory.
 
@@ -53,8 +49,9 @@ def log_acceptance(old: Points, new: Points, *, accept: str, reward_temperature:
     if accept == "better":
         return torch.where(gain >= 0, 0.0, -torch.inf)
     longest = old.rollouts.constraints.max_length
-    cuts = [num_cuts(points.rollouts.lengths, longest).double().log() for points in (old, new)]
-    return (gain / reward_temperature + old.log_q - new.log_q + cuts[0] - cuts[1]).clamp(max=0.0)
+    cuts = [num_cuts(points.rollouts.lengths, longest) for points in (old, new)]
+    ratios = [points.log_reward / reward_temperature - points.log_q for points in (old, new)]
+    return annealing.log_acceptance(*ratios, *cuts, 1.0)
 
 
 def search(
