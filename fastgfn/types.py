@@ -244,6 +244,20 @@ class TokenTree:
         return self.is_state & (self.length >= self.constraints.min_length)
 
     @property
+    def must_stop(self) -> Tensor:
+        """(T,) bool: prefixes at which stopping is certain, by max_length or the grammar, whatever q is."""
+        if self.constraints.termination == "own":
+            return torch.zeros_like(self.is_state)
+        at_limit = self.is_state & (self.length >= self.constraints.max_length)
+        if self.allowed is None:
+            return at_limit
+        others = self.allowed.clone()
+        for s in self.constraints.termination_token_ids:
+            others[:, s // 8] &= 255 - (1 << s % 8)
+        alone = ~others.bool().any(1)[self.allowed_row.clamp(min=0)] & (self.allowed_row >= 0)
+        return at_limit | (self.is_state & alone)
+
+    @property
     def _may_stop(self) -> Tensor:
         """(T,) bool: some termination token is allowed, or none is asked for."""
         stops = self.constraints.termination_token_ids

@@ -122,6 +122,9 @@ def tree_loss(name, tree, log_probs, log_reward, log_z, prior, **options):
     spec = objectives.REGISTRY[name]
     if spec.reads_prior:
         options["prior"] = prior
-    if not spec.reads_flow:
+    if spec.reads_flow:
+        # as given, even where stopping is certain
+        options["log_flow"] = log_probs.log_flow
+    else:
         options["log_z"] = log_z
     return spec.loss(log_probs, tree=tree, log_reward=log_reward, **options)

@@ -16,7 +16,13 @@ from objective_cases import (
 )
 
 from fastgfn.config import OBJECTIVES, RESIDUAL_LOSSES, TrainConfig
-from fastgfn.objectives import REGISTRY, modified_subtb_loss, subtb_loss, trajectory_balance_loss
+from fastgfn.objectives import (
+    REGISTRY,
+    detailed_balance_loss,
+    modified_subtb_loss,
+    subtb_loss,
+    trajectory_balance_loss,
+)
 from fastgfn.ops.residual import LOSSES
 from fastgfn.types import Role
 
@@ -116,13 +122,33 @@ def test_flows_against_a_double_loop_beside_tools(subtb_lambda):
                 num[group] = num.get(group, 0.0) + weight * (u[j] - u[i]) ** 2
                 den[group] = den.get(group, 0.0) + weight
         want = sum(num[g] / den[g] for g in num) / len(num)
-        got = subtb_loss(log_probs, tree=tree, log_reward=log_reward, subtb_lambda=subtb_lambda).loss
+        given = dict(log_reward=log_reward, subtb_lambda=subtb_lambda, log_flow=log_probs.log_flow)
+        got = subtb_loss(log_probs, tree=tree, **given).loss
         leaves = log_probs.log_pf, log_probs.log_pterm, log_probs.log_flow
         first, second = (torch.autograd.grad(x, leaves) for x in (got, want))
         assert float(want) > 0.1 and abs(float(got - want)) <= 1e-10 * float(want)
         keep = tree.role != Role.PROMPT
         assert float(((first[0] - second[0]) * keep).abs().max()) <= 1e-10
         assert all(float((a - b).abs().max()) <= 1e-10 for a, b in zip(first[1:], second[1:], strict=True))
+
+
+@pytest.mark.parametrize("loss", [subtb_loss, detailed_balance_loss])
+def test_nothing_is_learned_where_stopping_is_certain(loss):
+    """There log F of the head gives way to log R; flows that are given stay as they are."""
+    tree = make_tree()
+    log_probs, log_reward, _, _ = random_values(tree)
+    certain = tree.must_stop
+    assert 0 < int(certain.sum()) < int(tree.is_state.sum())
+    got = loss(log_probs, tree=tree, log_reward=log_reward).loss
+    flow = torch.where(certain, log_reward, log_probs.log_flow)
+    want = loss(log_probs, tree=tree, log_reward=log_reward, log_flow=flow).loss
+    assert float(got) == float(want)
+    as_given = loss(log_probs, tree=tree, log_reward=log_reward, log_flow=log_probs.log_flow).loss
+    assert float(got) != float(as_given)
+    (grad,) = torch.autograd.grad(got, log_probs.log_flow)
+    assert bool((grad[certain] == 0).all()) and bool((grad[tree.is_state & ~certain] != 0).all())
+    own = make_tree(termination="own")
+    assert not bool(own.must_stop.any())
 
 
 def test_one_full_span_is_trajectory_balance():

@@ -8,12 +8,12 @@ from fastgfn.checks import InputError
 from fastgfn.models.flow import FlowHead
 from fastgfn.objectives import REGISTRY, interpolated_subtb_loss, trajectory_balance_loss
 from fastgfn.ops.scan import tree_cumsum
-from fastgfn.packing import split_tree
+from fastgfn.packing import pack, split_tree
 from fastgfn.passes import add_gradients, estimate_log_z
 from fastgfn.rewards import LMReward, SequenceReward, log_reward
 from fastgfn.scoring import score
 from fastgfn.testing import relative_error
-from fastgfn.types import LogProbs
+from fastgfn.types import Constraints, LogProbs, Rollouts
 
 LOG_Z = 2.5
 LONGEST = 8
@@ -233,3 +233,20 @@ def test_refuses_bad_input(tiny_policy):
         with pytest.raises(InputError, match="(flow_head|log_flow) must be .*flow"):
             add_gradients(tree, policy=policy, reward=_reward(), **options)
     assert GROUP[0] == 0 and all(p.grad is None for _, p in policy.parameters())
+
+
+def test_states_whose_hidden_states_are_equal_have_flows_of_their_own(tiny_policy):
+    """A token that repeats from the very start, under rotary positions."""
+    policy = tiny_policy()
+    policy.flow_head = FlowHead(policy)
+    with torch.no_grad():
+        policy.flow_head.offset.fill_(0.7)
+        policy.flow_head.outer.copy_(torch.linspace(-1, 1, len(policy.flow_head.outer)))
+    prompt, zeros = torch.tensor([7]), torch.zeros(1)
+    group = torch.zeros(1, dtype=torch.int64)
+    drawn = Rollouts((prompt,), group, torch.tensor([[7, 7]]), torch.tensor([2]), zeros, Constraints(0))
+    tree = pack(drawn)
+    hidden = policy.tree_hidden(tree.tokens, tree.position, tree.end)
+    assert torch.allclose(hidden[0], hidden[2], atol=1e-12)
+    flow = score(tree, policy=policy).log_flow
+    assert min(float((flow[a] - flow[b]).abs()) for a, b in ((0, 1), (0, 2), (1, 2))) > 1e-3

@@ -42,6 +42,23 @@ def test_the_grammar_is_asked_once_about_every_state(monkeypatch, at_once):
     )
 
 
+@pytest.mark.parametrize("case", ["short", "min_length", "stops", "cut", "everything"])
+def test_where_stopping_is_certain(case):
+    """At max_length, and where the grammar leaves termination tokens alone: so says q."""
+    grammar, limits = make(case)
+    space = language(grammar, limits)
+    tree = pack(rollouts_of(space, [0] * len(space), limits), grammar=grammar)
+    left = {}
+    for node in tree.is_state.nonzero()[:, 0].tolist():
+        (z,) = node_sequences(tree, torch.tensor([node]))
+        others = set(grammar.allowed([z])[0].nonzero()[:, 0].tolist()) - set(limits.termination_token_ids)
+        left[node] = set() if len(z) == limits.max_length else others
+    want = torch.tensor([not left.get(node, {0}) for node in range(tree.num_nodes)])
+    assert torch.equal(tree.must_stop, want) and bool(want.any()) and not bool(want.all())
+    if case in ("short", "stops"):
+        assert bool((tree.length[want] < limits.max_length).any())
+
+
 def test_replayed_sequences_are_packed_with_the_grammar_again():
     grammar, limits = make("short")
     rollouts = rollouts_of([[1, 2], [8], [4, 3]], [0, 0, 1], limits)

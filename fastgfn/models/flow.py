@@ -10,9 +10,11 @@ WIDTH = 64
 
 
 class FlowHead(nn.Module):
-    """log F(s) = offset + outer . gelu(inner h) of the final hidden state h of s, normalised; at first the
-    offset everywhere.
+    """log F(s) = offset + outer . gelu(inner (h + e)) of the final hidden state h of s, normalised, and an
+    encoding e of its length, the tokens of Z so far; at first the offset everywhere.
 
+    The length stands beside h because with rotary positions h is the same wherever one token alone has come
+    before, however often: s_0 after the prompt [a] and the state of Z = [a] could not have their own flows.
     The gradient goes on into the hidden states, so that the policy learns what the flows have to tell apart.
     The weights are scaled such that one Adam step size, in nats, suits the offset and them at any width of h.
     """
@@ -28,11 +30,19 @@ class FlowHead(nn.Module):
         self.outer = nn.Parameter(torch.zeros(WIDTH, **options))
         self.offset = nn.Parameter(torch.full((), torch.nan, **options))
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(R, D) -> (R,)"""
-        hidden = layer_norm(hidden.to(self.inner.dtype), hidden.shape[-1:])
-        inner = gelu(hidden @ self.inner.T * (3 / hidden.shape[-1]))
+    def forward(self, hidden: Tensor, length: Tensor) -> Tensor:
+        """(R, D) hidden states, (R,) tokens of Z -> (R,)"""
+        size = hidden.shape[-1]
+        hidden = layer_norm(hidden.to(self.inner.dtype), (size,)) + _encoded(length, size).to(self.inner)
+        inner = gelu(hidden @ self.inner.T * (3 / size))
         return self.offset + 0.1 * (inner @ self.outer)
+
+
+def _encoded(length: Tensor, size: int) -> Tensor:
+    """(R,) -> (R, size) sines, then cosines, of the length at geometric frequencies (Vaswani et al. 2017)."""
+    rate = torch.arange(size, device=length.device) // 2 * (2 / size)
+    angle = length[:, None] * 10000.0**-rate
+    return torch.where(torch.arange(size, device=length.device) % 2 == 0, angle.sin(), angle.cos())
 
 
 class LogZTable(nn.Module):

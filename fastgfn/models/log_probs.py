@@ -94,7 +94,7 @@ def _with_flow(model, tree: TokenTree, hidden: Tensor, raw: LogProbs) -> LogProb
     if model.flow_head is None:
         return raw
     states = tree.is_state.nonzero()[:, 0]
-    values = model.flow_head(hidden[states])
+    values = model.flow_head(hidden[states], tree.length[states])
     zeros = torch.zeros(tree.num_nodes, dtype=values.dtype, device=values.device)
     return replace(raw, log_flow=zeros.index_copy(0, states, values))
 

@@ -67,7 +67,7 @@ class Policy:
         refuse_local_attention(self.config, self._takes_function)
         self._linear = take_over(self._backbone)
         self.kept = None  # what `sample` keeps here between calls
-        self.flow_head: nn.Module | None = None  # (R, D) hidden states -> (R,) log F, see fastgfn.models.flow
+        self.flow_head: nn.Module | None = None  # (R, D) hidden states, (R,) lengths -> (R,) log F
         self.conditioning: Conditioning | None = None
         take_over_mlps(self._backbone)
         self._packed = [p for m in take_over_layers(self._backbone) for p in (m.qkv, m.gate_up)]

@@ -123,20 +123,24 @@ def subtb_loss(
 
     Args:
         log_reward: (T,) tempered; read only where a trajectory stops.
-        log_flow: (T,) log F at the states, with gradient; None is log_probs.log_flow, of the policy's head.
+        log_flow: (T,) log F at the states, with gradient; None is log_probs.log_flow, of the policy's head,
+            and log R where stopping is certain, so that nothing has to be learned there.
         coefficients: from `flow_coefficients` of the whole tree, as of `modified_subtb_loss`.
         The others, raises: as `modified_subtb_loss`; InputError without flows.
     """
     name = "subtb_loss"
-    log_flow = log_probs.log_flow if log_flow is None else log_flow
-    fix = "give the policy a flow_head (log_z='head')"
+    fix, is_of_head = "give the policy a flow_head (log_z='head')", log_flow is None
+    log_flow = log_probs.log_flow if is_of_head else log_flow
     checks.check(log_flow is not None, name, "log_flow", "given", None, fix)
     pooling, residual = Pooling(normalization, weights, coefficients), Residual(residual_loss, residual_limit)
     check_inputs(name, tree, pooling, residual, log_reward=log_reward, log_flow=log_flow)
     states = flow_states(tree)
     coefficients = coefficients_of(name, tree, states, subtb_lambda, pooling)
     log_pf = states.of(log_probs.log_pf, log_probs.log_pterm)
-    flows = states.of(log_flow.to(log_pf.dtype), log_reward.detach().to(log_pf.dtype))
+    log_flow, known = log_flow.to(log_pf.dtype), log_reward.detach().to(log_pf.dtype)
+    if is_of_head:
+        log_flow = torch.where(tree.must_stop, known, log_flow)
+    flows = states.of(log_flow, known)
     loss = window_sum(tree, states, log_pf, flows, coefficients, subtb_lambda, residual)
     ratio = log_ratio(log_probs, tree, log_reward)
     return Objective(loss, group_mean(ratio, tree).to(loss.dtype), ratio)
