@@ -15,7 +15,7 @@ import suite
 
 from fastgfn.lab import presets
 from fastgfn.lab import table as lab_table
-from fastgfn.lab.problems import NAMES
+from fastgfn.lab.problems import DENSE_NAMES, NAMES
 
 OPS = ("head", "subtb", "attention", "path_attention", "draw")
 # The settings that the tables are of; rows of other settings stay in the files.
@@ -197,6 +197,10 @@ def lab(name: str) -> str:
     elif name == "lab_problems":
         own = [r for r in rows if (r["objective"], r["behavior"]) == ("modified_subtb", "default")]
         text = lab_table.problems(own, NAMES)
+    elif name == "lab_dense":
+        own = [r for r in rows if r["problem"] in DENSE_NAMES and r["objective"] in presets.EVERYWHERE]
+        own = [r for r in own if r["behavior"] == "default"]
+        text = lab_table.dense(own, DENSE_NAMES)
     else:
         own = [r for r in rows if r["problem"] == presets.DENSE and r["objective"] == "modified_subtb"]
         text = lab_table.behaviors(own, presets.DENSE)
@@ -283,7 +287,7 @@ def main() -> None:
     text = path.read_text()
     makers = {"rng": rng, "step": step, "rollout": rollout, "goals": goal_table}
     makers |= {name: partial(op, name) for name in OPS}
-    makers |= {name: partial(lab, name) for name in ("lab", "lab_problems", "lab_behavior")}
+    makers |= {name: partial(lab, name) for name in ("lab", "lab_dense", "lab_problems", "lab_behavior")}
     for name, make in makers.items():
         block = f"<!-- begin {name} -->\n{make()}\n<!-- end {name} -->"
         pattern = rf"<!-- begin {name} -->.*?<!-- end {name} -->"

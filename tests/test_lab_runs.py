@@ -342,19 +342,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(small, capsys, tmp_path, a
     assert not list(tmp_path.iterdir())
 
 
-def test_all_is_every_table_once():
-    settings = command.LabSettings(
-        everything=True, problems=[], objectives=[], behaviors=[], seeds=2, jobs=1, output=None,
-        overrides={}, stop_at=None, overwrite=False, plots=False,
-    )  # fmt: skip
-    found = command.specs(settings)
-    assert len(found) == len(set(found)) and {s.problem for s in found} == set(NAMES)
-    one = [s for s in found if s.seed == 0]
-    others = len(presets.OBJECTIVES) - 1
-    assert len(one) == len(NAMES) + 2 * others + len(presets.BEHAVIORS) - 1
-    assert {presets.DENSE, presets.SPARSE} <= set(NAMES)
-
-
 def test_presets_are_settings(problem):
     for name in presets.BEHAVIORS:
         runs.TrainConfig.from_dict(presets.settings("tiny", "modified_subtb", name))

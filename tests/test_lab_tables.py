@@ -13,7 +13,7 @@ import torch
 
 from fastgfn.cli import lab as command
 from fastgfn.lab import presets, runs, table
-from fastgfn.lab.problems import NAMES
+from fastgfn.lab.problems import DENSE_NAMES, NAMES
 from fastgfn.lab.provenance import provenance
 
 LOG_Q = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log().tolist()
@@ -89,7 +89,7 @@ def test_rows_make_the_tables_of_the_readme(finished, tmp_path, monkeypatch):
     stamp = finished[0].provenance | {"dirty": 0}
     clean = [replace(r, problem=presets.SPARSE, overrides={}, provenance=stamp) for r in finished]
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    empty = {name: tables.lab(name) for name in ("lab", "lab_problems", "lab_behavior")}
+    empty = {name: tables.lab(name) for name in ("lab", "lab_dense", "lab_problems", "lab_behavior")}
     assert all("not measured" in text and stamp["commit"] not in text for text in empty.values())
     dirty = replace(clean[0], provenance=stamp | {"dirty": 1})
     for result in (dirty, replace(clean[0], overrides={"steps": 3}), *clean):
@@ -157,6 +157,41 @@ def test_a_report_holds_every_run_and_the_settings_and_commits_behind_it(tmp_pat
     text = (tmp_path / "lab.md").read_text()
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     assert titles == ["## Runs", "## Problems", "## Objectives", "## Behaviours"]
+
+
+def test_a_dense_problem_has_a_column_and_every_objective_a_line(tmp_path):
+    found = [result(problem=name, objective="vargrad") for name in DENSE_NAMES[:2]]
+    found += [result(problem=DENSE_NAMES[0], objective="db", tv=0.2), result(behavior="epsilon", tv=0.3)]
+    lines = table.dense(rows(found), DENSE_NAMES[:3]).splitlines()
+    assert lines[0] == "| objective | " + " | ".join(DENSE_NAMES[:3]) + " |"
+    assert [line.split(" | ")[0][2:] for line in lines[2:]] == list(presets.EVERYWHERE)
+    assert "| vargrad | 0.01 | 0.01 | not measured |" in lines
+    assert "| db | 0.2, fails | not measured | not measured |" in lines
+    command.report(found, tmp_path, with_plots=False)
+    assert (
+        f"## Dense problems\n\n| objective | {DENSE_NAMES[0]} | {DENSE_NAMES[1]} |\n"
+        in (tmp_path / "lab.md").read_text()
+    )
+
+
+def test_all_is_every_table_once():
+    settings = command.LabSettings(
+        everything=True,
+        **dict(problems=[], objectives=[], behaviors=[], seeds=2, jobs=1, output=None),
+        **dict(overrides={}, stop_at=None, overwrite=False, plots=False),
+    )
+    found = command.specs(settings)
+    assert len(set(found)) == len(found) == 2 * sum(s.seed == 0 for s in found)
+    shown = {(s.problem, s.objective) for s in found if s.behavior == "default"}
+    assert {s.behavior for s in found} == set(presets.BEHAVIORS)
+    assert {name for name, _ in shown} == set(NAMES)
+    for name in (presets.DENSE, presets.SPARSE):
+        assert {o for p, o in shown if p == name} == set(presets.OBJECTIVES)
+    # with SmolLM2 these would take longer than all of the others together
+    few = [name for name in DENSE_NAMES if all(p != name or o == "modified_subtb" for p, o in shown)]
+    assert few == ["smollm2-continuation", "smollm2-infilling"]
+    for name in set(DENSE_NAMES) - set(few):
+        assert set(presets.EVERYWHERE) <= {o for p, o in shown if p == name}
 
 
 def test_seconds_are_whole_numbers_with_their_spread():

@@ -22,7 +22,7 @@ from fastgfn import checks
 from fastgfn.checkpoint import read_json, write_json
 from fastgfn.config import TrainConfig
 from fastgfn.lab import plots, presets, table
-from fastgfn.lab.problems import NAMES, SPECS
+from fastgfn.lab.problems import DENSE_NAMES, NAMES, SPECS
 from fastgfn.lab.runs import Result, check_overrides, given_stop, run, target_temperature
 
 DEFAULT_RUN = ("modified_subtb", "default")
@@ -84,6 +84,8 @@ def specs(settings: LabSettings) -> list[Spec]:
         compared = (presets.DENSE, presets.SPARSE)
         found += [(p, o, "default") for p, o in product(compared, presets.OBJECTIVES)]
         found += [(presets.DENSE, "modified_subtb", b) for b in presets.BEHAVIORS]
+        tiny = [name for name in DENSE_NAMES if SPECS[name]["model"] == "tiny"]
+        found += [(p, o, "default") for p, o in product(tiny, presets.EVERYWHERE)]
     else:
         fix = "pass --problem NAME (see --list) or --all"
         checks.check(bool(settings.problems), "lab", "--problem", "given", "none", fix)
@@ -160,6 +162,9 @@ def report(results: Sequence[Result], output: Path, *, with_plots: bool) -> None
         parts["Problems"] = table.problems(rows, names)
     if any(r["behavior"] == DEFAULT_RUN[1] for r in compared):
         parts["Objectives"] = table.objectives(rows, presets.DENSE, presets.SPARSE)
+    default = [r for r in rows if r["behavior"] == DEFAULT_RUN[1] and r["objective"] != DEFAULT_RUN[0]]
+    if names := [name for name in DENSE_NAMES if name in {r["problem"] for r in default}]:
+        parts["Dense problems"] = table.dense(rows, names)
     if any(r["objective"] == DEFAULT_RUN[0] for r in compared if r["problem"] == presets.DENSE):
         parts["Behaviours"] = table.behaviors(rows, presets.DENSE)
     text = "\n\n".join(f"## {title}\n\n{body}" for title, body in parts.items())
@@ -175,6 +180,7 @@ def show_list(console: Console) -> None:
         shown = Table(title, "fixed point is the posterior", "settings over the default")
         for preset in known.values():
             settings = ", ".join(f"{k}={v}" for k, v in preset.settings.items())
+            settings += f", {preset.budget} times the steps" if preset.budget > 1 else ""
             shown.add_row(preset.name, preset.posterior, settings)
         console.print(shown)
 

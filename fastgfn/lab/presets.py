@@ -39,6 +39,17 @@ BY_MODEL: dict[str, dict[str, Any]] = {
 }
 # The problems that the objectives are compared on; the behaviours on the first.
 DENSE, SPARSE = "tiny-other", "tiny-sum"
+# Objectives that every dense problem is trained with.
+EVERYWHERE = (
+    "modified_subtb",
+    "modified_db",
+    "subtb",
+    "db",
+    "tb_scalar",
+    "vargrad",
+    "rtb",
+    "rooted_prefix_tb",
+)
 # A step on two cores, for the estimate that is printed before the first run.
 SECONDS_PER_STEP = {"tiny": 0.05, "smollm2-135m": 1.5}
 

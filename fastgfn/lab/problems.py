@@ -310,3 +310,4 @@ def _load(file: Path) -> dict[str, dict]:
 
 SPECS = _load(FILE)
 NAMES: tuple[str, ...] = tuple(SPECS)
+DENSE_NAMES = tuple(name for name in NAMES if SPECS[name]["kind"] == "dense")

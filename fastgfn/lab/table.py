@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from fastgfn.lab.presets import BEHAVIORS, OBJECTIVES
+from fastgfn.lab.presets import BEHAVIORS, EVERYWHERE, OBJECTIVES
 from fastgfn.lab.runs import THRESHOLD, Result, tv_between
 
 Row = dict[str, str]
@@ -88,6 +88,17 @@ def objectives(rows: Sequence[Row], dense: str, sparse: str) -> str:
         own = _select(rows, problem=sparse, objective=name, behavior="default")
         body.append([*line, *(spread(own, name) for name in ("termination_drift", "early_stop_drift"))])
     return f"{_table(header, body)}\n\n{FIXED_POINTS}"
+
+
+def dense(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """TV of a line per objective and a column per problem, under the default behaviour."""
+    body = []
+    for objective in EVERYWHERE:
+        line = [objective]
+        for name in names:
+            line.append(_reached(_select(rows, problem=name, objective=objective, behavior="default"))[0])
+        body.append(line)
+    return _table(["objective", *names], body)
 
 
 def runs(rows: Sequence[Row]) -> str:
