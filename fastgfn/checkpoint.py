@@ -162,7 +162,8 @@ def load_checkpoint(
     adapter, saved = load_file(path / "adapter_model.safetensors"), load_file(path / "optimizer.safetensors")
     values = load_file(path / LEARNED) if learned else {}
     for name, p in learned:
-        want, fix = tuple(p.shape), "restore it"
+        want, fix = tuple(p.shape), "restore it, or start another run"
+        checks.check(name in values, "load_checkpoint", LEARNED, f"of {name}", f"{sorted(values)} alone", fix)
         checks.check_shape("load_checkpoint", f"{name} in {LEARNED}", values[name], want, fix)
     index = {name: i for i, (name, _) in enumerate((*policy.parameters(), *learned))}
     moments: dict[int, dict[str, Tensor]] = {}

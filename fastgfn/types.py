@@ -291,7 +291,8 @@ class LogProbs:
     From `linear_log_probs`, `policy_reward_log_probs`: log_pf (M,), log_pterm (R,) or None, lse (R,) or None.
     From `score`: node-aligned, log_pf (T,) = log q(node's token | its parent), 0 off the action nodes;
     log_pterm (T,) = log q(stop | node) at terminable nodes, 0 elsewhere; lse None; log_flow (T,) = log F of
-    the policy's flow head at the states, 0 elsewhere, None without a head.
+    the policy's flow head at the states (no objective reads or trains it where stopping is certain, but at
+    s_0), 0 elsewhere, None without a head.
     """
 
     log_pf: Tensor

@@ -75,10 +75,10 @@ def rows(tree, values, width=MAX_LENGTH + 1):
     )
 
 
-def with_stop(tree, log_pf, log_pterm):
-    """(N, L + 1) transitions, the stop last."""
+def with_stop(tree, log_pf, log_pterm, at=None):
+    """(N, L + 1) transitions, the stop last; it is a part of transition `at` (N,)."""
     steps = torch.cat([rows(tree, log_pf)[:, 1:], log_pf.new_zeros(len(tree.leaf), 1)], 1)
-    stops = torch.nn.functional.one_hot(tree.length[tree.leaf].long(), MAX_LENGTH + 1)
+    stops = torch.nn.functional.one_hot(tree.length[tree.leaf].long() if at is None else at, MAX_LENGTH + 1)
     return steps + stops * log_pterm[tree.leaf][:, None]
 
 
@@ -103,11 +103,13 @@ def padded_loss(name, tree, log_probs, log_reward, log_z, prior, **options):
             *whole, log_z=value, log_prior=base, length_normalize=True, **options
         )
     if name in ("subtb", "db"):
+        # where stopping is certain, the state that stops and the end are one
+        end = lengths + 1 - (tree.must_stop[tree.leaf] & (lengths > 0)).long()
+        sinks = torch.nn.functional.one_hot(end, MAX_LENGTH + 2)
         flows = torch.cat([rows(tree, log_probs.log_flow), pf.new_zeros(len(lengths), 1)], 1)
-        sinks = torch.nn.functional.one_hot(lengths + 1, MAX_LENGTH + 2)
-        flows = flows + sinks * log_reward[tree.leaf][:, None]
+        flows = flows * (1 - sinks) + sinks * log_reward[tree.leaf][:, None]
         loss = F.subtb_loss if name == "subtb" else F.detailed_balance_loss
-        return loss(whole[0], flows, lengths + 1, **options)
+        return loss(with_stop(tree, pf, pterm, end - 1), flows, end, **options)
     loss = {
         "modified_subtb": F.modified_subtb_loss,
         "modified_db": F.modified_detailed_balance_loss,
@@ -122,9 +124,6 @@ def tree_loss(name, tree, log_probs, log_reward, log_z, prior, **options):
     spec = objectives.REGISTRY[name]
     if spec.reads_prior:
         options["prior"] = prior
-    if spec.reads_flow:
-        # as given, even where stopping is certain
-        options["log_flow"] = log_probs.log_flow
-    else:
+    if not spec.reads_flow:
         options["log_z"] = log_z
     return spec.loss(log_probs, tree=tree, log_reward=log_reward, **options)

@@ -347,3 +347,12 @@ def test_presets_are_settings(problem):
         runs.TrainConfig.from_dict(presets.settings("tiny", "modified_subtb", name))
     for name in presets.OBJECTIVES:
         runs.TrainConfig.from_dict(presets.settings("smollm2-135m", name, "default"))
+
+
+@pytest.mark.parametrize("model", presets.BY_MODEL)
+@pytest.mark.parametrize("behavior", presets.BEHAVIORS)
+def test_every_objective_has_as_many_trajectories(model, behavior):
+    made = [presets.settings(model, name, behavior) for name in presets.OBJECTIVES]
+    assert len({s["steps"] for s in made}) == 2
+    assert len({s["steps"] * s["num_samples"] for s in made}) == 1
+    assert len({s["epsilon_horizon"] / s["steps"] for s in made}) == 1

@@ -162,7 +162,9 @@ def test_a_report_holds_every_run_and_the_settings_and_commits_behind_it(tmp_pat
 def test_a_dense_problem_has_a_column_and_every_objective_a_line(tmp_path):
     found = [result(problem=name, objective="vargrad") for name in DENSE_NAMES[:2]]
     found += [result(problem=DENSE_NAMES[0], objective="db", tv=0.2), result(behavior="epsilon", tv=0.3)]
-    lines = table.dense(rows(found), DENSE_NAMES[:3]).splitlines()
+    text, note = table.dense(rows(found), DENSE_NAMES[:3]).split("\n\n")
+    assert "one log Z for both prompts of tiny-prompts" in note
+    lines = text.splitlines()
     assert lines[0] == "| objective | " + " | ".join(DENSE_NAMES[:3]) + " |"
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == list(presets.EVERYWHERE)
     assert "| vargrad | 0.01 | 0.01 | not measured |" in lines

@@ -1,5 +1,6 @@
 """Every objective on the tree against its padded form: values and gradients."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -105,7 +106,8 @@ def test_tokens_of_a_tool_are_no_states():
 
 @pytest.mark.parametrize("subtb_lambda", [0.0, 0.7, 1.0])
 def test_flows_against_a_double_loop_beside_tools(subtb_lambda):
-    """Every state that the policy continues or ends takes part, terminable or not, and the end."""
+    """Every state that the policy continues or may end takes part, terminable or not, and the end."""
+    several = 0
     for tree in (tool_tree(), make_tree(min_length=2, sequences=[[5, 6], [5, 6, 7, 8]], group=[0, 0])):
         log_probs, log_reward, _, _ = random_values(tree)
         num, den = {}, {}
@@ -113,7 +115,9 @@ def test_flows_against_a_double_loop_beside_tools(subtb_lambda):
             reached, u = torch.zeros(()).double(), []
             for node in path:
                 reached = reached + (0 if node == path[0] else log_probs.log_pf[node])
-                if tree.is_state[node]:
+                certain = bool(tree.must_stop[node])
+                several += certain
+                if tree.is_state[node] and not certain:
                     u.append(reached - log_probs.log_flow[node])
             u.append(reached + log_probs.log_pterm[path[-1]] - log_reward[path[-1]])
             group = int(tree.group[path[-1]])
@@ -122,33 +126,35 @@ def test_flows_against_a_double_loop_beside_tools(subtb_lambda):
                 num[group] = num.get(group, 0.0) + weight * (u[j] - u[i]) ** 2
                 den[group] = den.get(group, 0.0) + weight
         want = sum(num[g] / den[g] for g in num) / len(num)
-        given = dict(log_reward=log_reward, subtb_lambda=subtb_lambda, log_flow=log_probs.log_flow)
-        got = subtb_loss(log_probs, tree=tree, **given).loss
+        got = subtb_loss(log_probs, tree=tree, log_reward=log_reward, subtb_lambda=subtb_lambda).loss
         leaves = log_probs.log_pf, log_probs.log_pterm, log_probs.log_flow
         first, second = (torch.autograd.grad(x, leaves) for x in (got, want))
         assert float(want) > 0.1 and abs(float(got - want)) <= 1e-10 * float(want)
         keep = tree.role != Role.PROMPT
         assert float(((first[0] - second[0]) * keep).abs().max()) <= 1e-10
         assert all(float((a - b).abs().max()) <= 1e-10 for a, b in zip(first[1:], second[1:], strict=True))
+    assert several > 0
 
 
 @pytest.mark.parametrize("loss", [subtb_loss, detailed_balance_loss])
 def test_nothing_is_learned_where_stopping_is_certain(loss):
-    """There log F of the head gives way to log R; flows that are given stay as they are."""
+    """There F(s) = R(s) and no flow is read, but that of s_0, which is log Z(X)."""
     tree = make_tree()
     log_probs, log_reward, _, _ = random_values(tree)
     certain = tree.must_stop
     assert 0 < int(certain.sum()) < int(tree.is_state.sum())
-    got = loss(log_probs, tree=tree, log_reward=log_reward).loss
-    flow = torch.where(certain, log_reward, log_probs.log_flow)
-    want = loss(log_probs, tree=tree, log_reward=log_reward, log_flow=flow).loss
-    assert float(got) == float(want)
-    as_given = loss(log_probs, tree=tree, log_reward=log_reward, log_flow=log_probs.log_flow).loss
-    assert float(got) != float(as_given)
-    (grad,) = torch.autograd.grad(got, log_probs.log_flow)
+    (grad,) = torch.autograd.grad(loss(log_probs, tree=tree, log_reward=log_reward).loss, log_probs.log_flow)
     assert bool((grad[certain] == 0).all()) and bool((grad[tree.is_state & ~certain] != 0).all())
-    own = make_tree(termination="own")
-    assert not bool(own.must_stop.any())
+    assert not bool(make_tree(termination="own").must_stop.any())
+    root = make_tree([[]], [3])
+    row = torch.where(root.is_root_state, 0, -1)
+    root = replace(root, allowed=torch.tensor([[1, 0]], dtype=torch.uint8), allowed_row=row)
+    log_probs, log_reward, _, _ = random_values(root)
+    (node,) = root.leaf.tolist()
+    want = (log_probs.log_flow + log_probs.log_pterm - log_reward)[node] ** 2
+    got = loss(log_probs, tree=root, log_reward=log_reward).loss
+    assert bool(root.must_stop[node]) and float(want) > 0
+    assert float(got) == pytest.approx(float(want))
 
 
 def test_one_full_span_is_trajectory_balance():

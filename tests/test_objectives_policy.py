@@ -36,7 +36,7 @@ def policy(tiny_policy):
     policy.flow_head = FlowHead(policy)
     with torch.no_grad():
         policy.flow_head.offset.fill_(0.7)
-        policy.flow_head.outer.copy_(torch.linspace(-1, 1, len(policy.flow_head.outer)))
+        policy.flow_head.outer_weight.copy_(torch.linspace(-1, 1, len(policy.flow_head.outer_weight)))
     return policy
 
 
@@ -241,7 +241,7 @@ def test_states_whose_hidden_states_are_equal_have_flows_of_their_own(tiny_polic
     policy.flow_head = FlowHead(policy)
     with torch.no_grad():
         policy.flow_head.offset.fill_(0.7)
-        policy.flow_head.outer.copy_(torch.linspace(-1, 1, len(policy.flow_head.outer)))
+        policy.flow_head.outer_weight.copy_(torch.linspace(-1, 1, len(policy.flow_head.outer_weight)))
     prompt, zeros = torch.tensor([7]), torch.zeros(1)
     group = torch.zeros(1, dtype=torch.int64)
     drawn = Rollouts((prompt,), group, torch.tensor([[7, 7]]), torch.tensor([2]), zeros, Constraints(0))

@@ -162,7 +162,8 @@ def report(results: Sequence[Result], output: Path, *, with_plots: bool) -> None
         parts["Problems"] = table.problems(rows, names)
     if any(r["behavior"] == DEFAULT_RUN[1] for r in compared):
         parts["Objectives"] = table.objectives(rows, presets.DENSE, presets.SPARSE)
-    default = [r for r in rows if r["behavior"] == DEFAULT_RUN[1] and r["objective"] != DEFAULT_RUN[0]]
+    others = set(presets.EVERYWHERE) - {DEFAULT_RUN[0]}
+    default = [r for r in rows if r["behavior"] == DEFAULT_RUN[1] and r["objective"] in others]
     if names := [name for name in DENSE_NAMES if name in {r["problem"] for r in default}]:
         parts["Dense problems"] = table.dense(rows, names)
     if any(r["objective"] == DEFAULT_RUN[0] for r in compared if r["problem"] == presets.DENSE):
@@ -180,7 +181,7 @@ def show_list(console: Console) -> None:
         shown = Table(title, "fixed point is the posterior", "settings over the default")
         for preset in known.values():
             settings = ", ".join(f"{k}={v}" for k, v in preset.settings.items())
-            settings += f", {preset.budget} times the steps" if preset.budget > 1 else ""
+            settings += f", {preset.updates} updates for one" if preset.updates > 1 else ""
             shown.add_row(preset.name, preset.posterior, settings)
         console.print(shown)
 

@@ -63,8 +63,9 @@ class Objective(Behavior):
     """Tokens between the prefixes whose reward "interpolated_subtb" reads."""
     log_z: str = "estimate"
     """Where the objective reads log Z(X): "estimate" (the mean over a prompt's sequences, nothing to learn),
-    or learned: one "scalar", one "per_prompt", or a "head" on the hidden states, which also gives the flows
-    of "subtb" and "db". Learned values start at the estimate of the first batch that has the prompt."""
+    or learned: one "scalar", one "per_prompt", or a "head" on the hidden states and the length of Z, which
+    also gives the flows of "subtb" and "db". Learned values start at the estimate of the first batch that has
+    the prompt."""
     log_z_learning_rate: float = 0.1
     """Adam step size of a learned log Z(X) and of flows at its peak, in nats; it follows `schedule`."""
     normalization: str = "group"

@@ -1,7 +1,8 @@
 """Settings of the laboratory: one default for every problem, and what each objective and behaviour changes.
 
 A run has the settings DEFAULT | BY_MODEL[model of the problem] | the objective's | the behaviour's. They were
-tuned on the frozen problems; steps and samples alone depend on the model.
+tuned on the frozen problems; steps and samples alone depend on the model. Every objective trains on as many
+trajectories.
 """
 
 import difflib
@@ -57,28 +58,28 @@ SECONDS_PER_STEP = {"tiny": 0.05, "smollm2-135m": 1.5}
 @dataclass(frozen=True)
 class Preset:
     """settings: of fastgfn.config.TrainConfig. posterior: whether the fixed point is R's posterior: "yes",
-    "no", or where. over_prior: the reward is R^(1/T) / p_base, so that the target is everyone's. budget:
-    factor of the steps."""
+    "no", or where. over_prior: the reward is R^(1/T) / p_base, so that the target is everyone's. updates:
+    optimiser steps on the samples of one step of the others, so that trajectories are as many."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     posterior: str = "yes"
     over_prior: bool = False
-    budget: int = 1
+    updates: int = 1
 
 
 def _by_name(*presets: Preset) -> dict[str, Preset]:
     return {p.name: p for p in presets}
 
 
-# Flows are learned besides, and db learns each from the next alone, which takes longer.
-FLOWS: dict[str, Any] = dict(log_z="head", learning_rate=5e-3)
+# Flows are learned from one another, so that residuals are large for long; of db each from the next alone.
+FLOWS: dict[str, Any] = dict(log_z="head", learning_rate=5e-3, residual_loss="huber")
 OBJECTIVES = _by_name(
     Preset("modified_subtb"),
     Preset("modified_subtb_0.9", dict(subtb_lambda=0.9)),
     Preset("modified_db", dict(objective="modified_db")),
     Preset("subtb", FLOWS | dict(objective="subtb")),
-    Preset("db", FLOWS | dict(objective="db"), budget=2),
+    Preset("db", FLOWS | dict(objective="db"), updates=2),
     Preset("tb_scalar", dict(objective="tb", log_z="scalar")),
     Preset("tb_head", dict(objective="tb", log_z="head")),
     Preset("vargrad", dict(objective="vargrad")),
@@ -124,7 +125,8 @@ def settings(
     closest("lab", "--objective", objective, OBJECTIVES)
     closest("lab", "--behavior", behavior, BEHAVIORS)
     found = DEFAULT | BY_MODEL[model] | OBJECTIVES[objective].settings | BEHAVIORS[behavior].settings
-    found["steps"] *= OBJECTIVES[objective].budget
+    found["steps"] *= OBJECTIVES[objective].updates
+    found["num_samples"] //= OBJECTIVES[objective].updates
     found |= overrides or {}
     steps = found["steps"]
     explored = max(1, round(EXPLORED * steps)) if isinstance(steps, int) else 1

@@ -26,23 +26,23 @@ class FlowHead(nn.Module):
         options = dict(dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
         generator = torch.Generator().manual_seed(seed)
         inner = torch.randn(WIDTH, size, generator=generator) * size**0.5 / 3
-        self.inner = nn.Parameter(inner.to(**options))
-        self.outer = nn.Parameter(torch.zeros(WIDTH, **options))
+        self.inner_weight = nn.Parameter(inner.to(**options))
+        self.outer_weight = nn.Parameter(torch.zeros(WIDTH, **options))
         self.offset = nn.Parameter(torch.full((), torch.nan, **options))
 
     def forward(self, hidden: Tensor, length: Tensor) -> Tensor:
         """(R, D) hidden states, (R,) tokens of Z -> (R,)"""
-        size = hidden.shape[-1]
-        hidden = layer_norm(hidden.to(self.inner.dtype), (size,)) + _encoded(length, size).to(self.inner)
-        inner = gelu(hidden @ self.inner.T * (3 / size))
-        return self.offset + 0.1 * (inner @ self.outer)
+        size, dtype = hidden.shape[-1], self.inner_weight.dtype
+        hidden = layer_norm(hidden.to(dtype), (size,)) + _encoded(length, size, dtype)
+        inner = gelu(hidden @ self.inner_weight.T * (3 / size))
+        return self.offset + 0.1 * (inner @ self.outer_weight)
 
 
-def _encoded(length: Tensor, size: int) -> Tensor:
-    """(R,) -> (R, size) sines, then cosines, of the length at geometric frequencies (Vaswani et al. 2017)."""
-    rate = torch.arange(size, device=length.device) // 2 * (2 / size)
-    angle = length[:, None] * 10000.0**-rate
-    return torch.where(torch.arange(size, device=length.device) % 2 == 0, angle.sin(), angle.cos())
+def _encoded(length: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """(R,) -> (R, size) sines and cosines of the length, at geometric frequencies (Vaswani et al. 2017)."""
+    column = torch.arange(size, device=length.device)
+    angle = length.to(dtype)[:, None] * 10000.0 ** -((column // 2).to(dtype) * (2 / size))
+    return torch.where(column % 2 == 0, angle.sin(), angle.cos())
 
 
 class LogZTable(nn.Module):

@@ -11,6 +11,7 @@ every trajectory. What differs from the published code:
 
 The objectives with explicit flows take every state, U(s) = log q(s) - log F(s) with a learned log F, and one
 more at the end of a trajectory, U(x) = log q(x) - log R(x), so that they read log R of whole sequences alone.
+Where stopping is certain the end alone stands for both, as F(s) = R(x) leaves nothing to learn.
 """
 
 import torch
@@ -115,32 +116,28 @@ def subtb_loss(
     """SubTB(lambda) with explicit flows on a token tree, O(T); zero where q is proportional to R and F(s) is
     the R-mass of the sequences that begin with s.
 
-    With U_k = log q(s_k) - log F(s_k) of the states s_0..s_n of a trajectory, terminable or not, and
-    U_{n+1} = log q(x) - log R(x), the stop being the last transition, the loss is that of
+    With U_k = log q(s_k) - log F(s_k) of the states s_0..s_n of a trajectory, terminable or not (s_n only if
+    stopping there is not certain), and U_{n+1} = log q(x) - log R(x) at its end, the loss is that of
     `modified_subtb_loss` with these states, without an anchor: log F(s_0) is log Z(X). Choose it where
     prefixes have no reward and credit over long sequences is the difficulty; log F has to be learned.
     Madan et al. 2023 (arXiv:2209.12782); here windows are pooled per prompt by default.
 
     Args:
         log_reward: (T,) tempered; read only where a trajectory stops.
-        log_flow: (T,) log F at the states, with gradient; None is log_probs.log_flow, of the policy's head,
-            and log R where stopping is certain, so that nothing has to be learned there.
+        log_flow: (T,) log F at the states, with gradient; None is log_probs.log_flow, of the policy's head.
         coefficients: from `flow_coefficients` of the whole tree, as of `modified_subtb_loss`.
         The others, raises: as `modified_subtb_loss`; InputError without flows.
     """
     name = "subtb_loss"
-    fix, is_of_head = "give the policy a flow_head (log_z='head')", log_flow is None
-    log_flow = log_probs.log_flow if is_of_head else log_flow
+    log_flow = log_probs.log_flow if log_flow is None else log_flow
+    fix = "give the policy a flow_head (log_z='head')"
     checks.check(log_flow is not None, name, "log_flow", "given", None, fix)
     pooling, residual = Pooling(normalization, weights, coefficients), Residual(residual_loss, residual_limit)
     check_inputs(name, tree, pooling, residual, log_reward=log_reward, log_flow=log_flow)
     states = flow_states(tree)
     coefficients = coefficients_of(name, tree, states, subtb_lambda, pooling)
     log_pf = states.of(log_probs.log_pf, log_probs.log_pterm)
-    log_flow, known = log_flow.to(log_pf.dtype), log_reward.detach().to(log_pf.dtype)
-    if is_of_head:
-        log_flow = torch.where(tree.must_stop, known, log_flow)
-    flows = states.of(log_flow, known)
+    flows = states.of(log_flow.to(log_pf.dtype), log_reward.detach().to(log_pf.dtype))
     loss = window_sum(tree, states, log_pf, flows, coefficients, subtb_lambda, residual)
     ratio = log_ratio(log_probs, tree, log_reward)
     return Objective(loss, group_mean(ratio, tree).to(loss.dtype), ratio)

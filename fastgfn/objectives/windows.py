@@ -53,8 +53,9 @@ def stop_states(tree: TokenTree, *, include_sink: bool = False) -> States:
 
 
 def flow_states(tree: TokenTree) -> States:
-    """The states of the objectives with explicit flows: every prefix, and x where a trajectory stops."""
-    return _with_sinks(tree, tree.is_state)
+    """The states of the objectives with explicit flows: s_0, every prefix at which stopping is not certain,
+    and x where a trajectory stops."""
+    return _with_sinks(tree, tree.is_state & (tree.is_root_state | ~tree.must_stop))
 
 
 def _with_sinks(tree: TokenTree, ends: Tensor) -> States:
