@@ -128,6 +128,30 @@ def test_poisoned_weights_stop_the_run(tiny_policy, tmp_path, how):
     assert trainer.steps_done == 1 and trainer.optimizer.state_dict()["state"][0]["step"] == 1
 
 
+def test_a_nan_loss_leaves_the_checkpoint_before_it(tiny_policy, tmp_path):
+    """From which the run goes on as one that never failed."""
+
+    def trainer():
+        options = dict(num_samples=0, replay_samples=0, demonstration_samples=(6, 6), given=True)
+        policy = tiny_policy(dtype=torch.float32)
+        return _trainer(policy, lambda zs: [0.0] * len(zs), checkpoint_every=2, steps=4, **options)
+
+    failing = trainer()
+
+    def poison(step, metrics):
+        if step == 3:
+            with torch.no_grad():
+                failing.policy.parameters()[-1][1].view(-1)[0] = math.nan
+
+    with pytest.raises(NonFiniteError, match="the loss must be finite, got nan"):
+        failing.fit(tmp_path / "a", on_step=poison)
+    assert sorted(path.name for path in checkpoints(tmp_path / "a"))[-1] == "step-00000002"
+    again, whole = trainer(), trainer()
+    assert again.resume(tmp_path / "a") == 2
+    assert again.fit(tmp_path / "a") and whole.fit(tmp_path / "b")
+    assert _same(_state(whole), _state(again))
+
+
 def test_a_gradient_that_overflows_names_the_largest_residuals(tiny_policy, monkeypatch):
     """Those farthest from log Z(X), whatever constant all rewards have in common."""
     odd = []

@@ -43,3 +43,31 @@ def test_bounds_hold_and_the_estimate_is_right_in_20_of_20_cases(name, seeds):
         assert float((found.log_z - log_z).abs().max()) <= 0.02
         cases += len(log_z)
     assert cases == 10
+
+
+def test_annealed_bounds_hold_too():
+    """Several temperatures between q and R, on an untrained sampler."""
+    problem = load_problem("tiny-cold", seed=0)
+    (posterior,) = problem.posteriors
+    target = dict(prompts=problem.prompts, constraints=problem.constraints)
+    for seed in range(2):
+        draws = draw_exact(
+            sequences=[posterior.sequences],
+            log_probs=[posterior.log_target],
+            num_samples=64,
+            seed=seed,
+            **target,
+        )
+        found = bounds(
+            problem.policy,
+            draws=draws,
+            num_samples=256,
+            schedule=4,
+            seed=seed,
+            delta=1e-3,
+            reward=problem.reward,
+            reward_temperature=problem.reward_temperature,
+            **target,
+        )
+        assert bool((found.lower <= posterior.log_z).all() & (posterior.log_z <= found.upper).all())
+        assert float((found.log_z - posterior.log_z).abs()) <= 0.5

@@ -25,7 +25,7 @@ from fastgfn.objectives import (
     trajectory_balance_loss,
 )
 from fastgfn.ops.residual import LOSSES
-from fastgfn.types import Role
+from fastgfn.types import LogProbs, Role
 
 # of each objective, the options that are not its defaults, under one name in both forms
 OPTIONS = {
@@ -196,3 +196,22 @@ def test_the_settings_know_every_objective_and_residual_loss():
         log_probs, log_reward, values, prior = random_values(make_tree())
         args = name, make_tree(), log_probs, log_reward, values, prior
         assert bool(tree_loss(*args, **config.objective_options).loss.isfinite())
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_gradients_of_the_tree_forms(name):
+    """Against finite differences; log q(stop) of rooted prefixes has none by intention."""
+    tree = make_tree([[6, 7], [6], [5, 5, 5, 5, 5], [2, 1]], [0, 0, 1, 2], min_length=1)
+    scored, log_reward, log_z, prior = random_values(tree)
+    options = OPTIONS.get(name, {}) | ({"missing_reward": 99.0} if name == "rooted_prefix_tb" else {})
+
+    def loss(log_pf, log_pterm, log_flow, log_z):
+        if name == "rooted_prefix_tb":
+            log_pterm = log_pterm.detach()
+        log_probs = LogProbs(log_pf, log_pterm, log_flow=log_flow)
+        return tree_loss(name, tree, log_probs, log_reward, log_z, prior, **options).loss
+
+    leaves = scored.log_pf, scored.log_pterm, scored.log_flow, log_z
+    if name == "rooted_prefix_tb":
+        leaves = (leaves[0], leaves[1].detach(), *leaves[2:])
+    assert torch.autograd.gradcheck(loss, leaves)

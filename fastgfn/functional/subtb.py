@@ -62,6 +62,7 @@ def subtb_loss(
     Numerics: float64 sums in the shift form; fp32 inputs give about 1e-7 relative error at T = 512.
     Fixed point: flows and policy consistent with R, which is R's posterior where the batch covers the states.
     Choose it where the states have flows of their own (a learned head).
+    What differs: windows are pooled over the batch; normalization "trajectory" is the paper's.
     Source: Madan et al. 2023 (arXiv:2209.12782).
     """
     options = Reduction(
@@ -117,6 +118,7 @@ def modified_subtb_loss(
         The others: as `subtb_loss`.
 
     Returns, raises, numerics: as `subtb_loss`. log_reward gets a gradient only if it requires one.
+    What differs: prefixes that may not stop leave the windows; the anchor.
     Source: Hu et al. 2024 (arXiv:2310.04363).
     """
     name = "modified_subtb_loss"
@@ -147,6 +149,7 @@ def detailed_balance_loss(
 
     `subtb_loss` with subtb_lambda 0, and its fixed point. Choose it where single transitions are drawn or
     stored; the reward reaches s_0 only through the flows between.
+    What differs: nothing but that the mean is over the transitions of all rows together.
     Source: Bengio et al. 2023 (arXiv:2111.09266).
 
     Args, returns, raises, numerics: as `subtb_loss`.

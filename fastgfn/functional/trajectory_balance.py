@@ -54,6 +54,8 @@ def trajectory_balance_loss(
     normaliser. Under length_normalize it is (prior^(1/m) R^beta / e^log_z)^m: not R's posterior.
     Choose it where only whole trajectories have a reward; a learned log_z serves batches of one trajectory
     per prompt, None those of several.
+    What differs: FlowRL's clipped importance weights are `weights`, and its reward is not normalised here.
+    Source: Malkin et al. 2022 (arXiv:2201.13259); of the options, see the module.
 
     Args:
         log_pf: log q of every action, the stop last.

@@ -53,6 +53,7 @@ def modified_subtb_loss(
     counts the terminable states in (i, j] and c the trajectories that contain the window. Choose it where
     every prefix has an informative reward, such as a language model's; where that is only known at the end,
     its windows pull at the stop of every prefix: take `vargrad_loss`.
+    Hu et al. 2024 (arXiv:2310.04363), with the differences at the head of this file.
 
     Args:
         log_probs: node-aligned, from `score`.
@@ -92,7 +93,8 @@ def modified_detailed_balance_loss(log_probs: LogProbs, *, tree: TokenTree, **op
 
     loss = mean over transitions of (log q(z_k | s_k-1) + log q(stop | s_k) - log q(stop | s_k-1)
     + log R(s_k-1 stop) - log R(s_k stop))^2. Choose it where windows over long sequences are too noisy; what
-    a late reward says travels one token a time. Deleu et al. 2022 (arXiv:2202.13903).
+    a late reward says travels one token a time. Deleu et al. 2022 (arXiv:2202.13903); here neighbours may lie
+    several tokens apart, where those between cannot stop.
 
     Args and raises: as `modified_subtb_loss`, whose coefficients are for subtb_lambda = 0 here.
     """
@@ -147,8 +149,8 @@ def detailed_balance_loss(log_probs: LogProbs, *, tree: TokenTree, **options) ->
     """Detailed balance with explicit flows: `subtb_loss` with subtb_lambda = 0, each transition alone.
 
     loss = mean over transitions of (log F(s_k) + log q(s_k+1 | s_k) - log F(s_k+1))^2, the last one with
-    q(stop | s_n) and log R(x). The simplest one with flows; what the end says travels one token a time.
-    Bengio et al. 2021 (arXiv:2111.09266).
+    q(stop | s_n) and log R(x). Choose it, over `subtb_loss`, where windows are too noisy: what the end says
+    travels one token a time. Bengio et al. 2021 (arXiv:2111.09266); here pooled per prompt.
 
     Args, fixed point and raises: as `subtb_loss`, whose coefficients are for subtb_lambda = 0 here.
     """

@@ -41,7 +41,7 @@ def trajectory_balance_loss(
     loss = mean of (log_z + log q(x) - log R(x))^2, every action and the final stop in q(x), per prompt, then
     over prompts. Choose it over `vargrad_loss` where few sequences of a prompt are drawn at once, so that
     their mean is a poor log Z(X); a learned one is late wherever q moves fast.
-    Malkin et al. 2022 (arXiv:2201.13259).
+    Malkin et al. 2022 (arXiv:2201.13259); here a mean over prompts of means over their sequences.
 
     Args:
         log_z: of every prompt, or () one for all, which is right for one prompt alone; a learned value
