@@ -13,7 +13,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 OLDEST = .venv-oldest
 SOURCES = setup.py pyproject.toml constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 
-.PHONY: install demo lab test test-oldest fuzz lint bench gpu-check
+.PHONY: install demo lab test test-oldest test-torchgfn fuzz lint bench gpu-check
 
 install: $(VENV)/installed
 
@@ -42,6 +42,14 @@ test-oldest:
 	$(MAKE) install VENV=$(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check triton==3.6.0 transformers==5.17.0 'numpy<2.4'
 	$(OLDEST)/bin/pytest $(PARALLEL)
+
+# The losses against torchgfn's, whose metadata asks for numpy < 2, so that it and what it imports lie apart.
+TORCHGFN = torchgfn==2.4.1 tensordict==0.15.3 torch_geometric==2.8.1 pyvers==0.2.3 cloudpickle==3.1.2 dill==0.4.1 \
+	xxhash==4.1.0 einops==0.8.2 linear_attention_transformer==0.19.1 linformer==0.2.3 local_attention==1.11.2 \
+	axial_positional_embedding==0.3.12 product_key_memory==0.3.0 colt5_attention==0.11.2 hyper_connections==0.4.11
+test-torchgfn: install
+	$(PIP) --no-deps --upgrade --target .torchgfn $(TORCHGFN)
+	PYTHONPATH=.torchgfn $(VENV)/bin/pytest tests/test_functional_torchgfn.py
 
 # Random cases of every op and every interpreted kernel against its reference, 1000 of each.
 fuzz: install

@@ -1,12 +1,13 @@
 """The padded losses against torchgfn 2.4.1, in float64: values, and gradients of policies and flows.
 
-Without torchgfn the module is skipped; the equations are computed independently in the other tests.
+Without torchgfn, which `make test-torchgfn` installs apart, the module is skipped; the equations are computed
+independently in the other tests.
 """
 
 import pytest
 import torch
 
-pytest.importorskip("gfn", reason="torchgfn 2.4.1 is installed apart, with --no-deps")
+pytest.importorskip("gfn", reason="see `make test-torchgfn`")
 
 from gfn.estimators import DiscretePolicyEstimator, ScalarEstimator
 from gfn.gflownet import (

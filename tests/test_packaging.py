@@ -177,7 +177,7 @@ def test_the_readme_tree_lists_what_exists():
 
 def test_the_two_commands_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("install", "demo", "test", "test-oldest", "lint", "bench", "gpu-check"):
+    for target in ("install", "demo", "test", "test-oldest", "test-torchgfn", "lint", "bench", "gpu-check"):
         assert re.search(rf"^{target}:", makefile, re.M), target
     assert "make demo" in README and "make test" in README
 
