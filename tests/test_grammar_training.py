@@ -217,6 +217,52 @@ def test_vargrad_is_the_variance_under_all_logits(tiny_policy, case):
             p.grad = None
 
 
+class Flows(torch.nn.Module):
+    """log F of every state of a tree, found by its hidden state and length; `change` more at s_0."""
+
+    def __init__(self, policy, tree, values):
+        super().__init__()
+        hidden = policy.tree_hidden(tree.tokens, tree.position, tree.end).detach()
+        self.rows, self.values, self.change = self.row(hidden, tree.length)[tree.is_state], values, 0.0
+
+    def row(self, hidden, length):
+        return torch.cat([hidden.detach(), length[:, None].to(hidden)], 1)
+
+    def forward(self, hidden, length):
+        nearest = torch.cdist(self.row(hidden, length), self.rows)
+        assert float(nearest.min(1).values.max()) < 1e-6
+        return self.values[nearest.argmin(1)] + self.change * (length == 0)
+
+
+@pytest.mark.parametrize("objective", ["subtb", "db"])
+@pytest.mark.parametrize("case", ["short", "cut", "everything"])
+def test_flows_of_the_language(tiny_policy, case, objective):
+    """Loss and gradients of a policy with the true flows vanish, in one pass and in parts, whatever the head
+    says where stopping is certain."""
+    grammar, limits = make(case)
+    policy = tiny_policy()
+    space = language(grammar, limits)
+    tree = pack(rollouts_of(space, [0] * len(space), limits, PROMPTS[:1]), grammar=grammar)
+    log_probs = score(tree, policy=policy)
+    log_q = (tree_cumsum(log_probs.log_pf, tree.parent) + log_probs.log_pterm).detach()
+    value = dict(zip(map(tuple, space), (log_q[tree.leaf] + 2.5).tolist(), strict=True))
+    flow = tree_cumsum(log_probs.log_pf, tree.parent).detach() + 2.5
+    assert bool(tree.must_stop.any()) and not bool((tree.must_stop & tree.is_root_state).any())
+    flow = flow.masked_fill(tree.must_stop, 99.0)
+    policy.flow_head = Flows(policy, tree, flow[tree.is_state])
+    reward = SequenceReward(lambda zs: [value[tuple(z)] for z in zs], terminal_only=True)
+    for max_tokens in (None, 9):
+        assert (len(split_tree(tree, max_tokens=max_tokens)) > 1) == (max_tokens is not None)
+        found = dict(policy=policy, reward=reward, objective=objective, max_tokens=max_tokens)
+        for change, most in ((0.0, 1e-15), (1.0, None)):
+            policy.flow_head.change = change
+            got = float(add_gradients(tree, **found).loss)
+            largest = max(float(p.grad.abs().max()) for _, p in policy.parameters())
+            assert got <= most and largest <= 1e-9 if most else got > 1e-3 and largest > 1e-6
+            for _, p in policy.parameters():
+                p.grad = None
+
+
 def trainer_of(policy, grammar, limits, **options):
     config = dict(num_samples=32, replay_samples=8, replay_duplicates="exact", learning_rate=2e-2, steps=150)
     return Trainer(
