@@ -245,7 +245,8 @@ class TokenTree:
 
     @property
     def must_stop(self) -> Tensor:
-        """(T,) bool: prefixes at which stopping is certain, by max_length or the grammar, whatever q is."""
+        """(T,) bool: prefixes at which stopping is certain, by max_length or the grammar, whatever q is; none
+        under "own" termination."""
         if self.constraints.termination == "own":
             return torch.zeros_like(self.is_state)
         at_limit = self.is_state & (self.length >= self.constraints.max_length)

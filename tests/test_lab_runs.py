@@ -354,5 +354,6 @@ def test_presets_are_settings(problem):
 def test_every_objective_has_as_many_trajectories(model, behavior):
     made = [presets.settings(model, name, behavior) for name in presets.OBJECTIVES]
     assert len({s["steps"] for s in made}) == 2
-    assert len({s["steps"] * s["num_samples"] for s in made}) == 1
+    drawn = [s["num_samples"] + s.get("local_search_samples", (0, 0))[1] for s in made]
+    assert len({s["steps"] * num for s, num in zip(made, drawn, strict=True)}) == 1
     assert len({s["epsilon_horizon"] / s["steps"] for s in made}) == 1

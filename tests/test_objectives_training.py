@@ -5,9 +5,9 @@ from itertools import product
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from fastgfn.checkpoint import checkpoints
+from fastgfn.checkpoint import checkpoints, load_checkpoint
 from fastgfn.checks import InputError
 from fastgfn.config import TrainConfig
 from fastgfn.evaluate import divergence, sequence_log_probs
@@ -129,6 +129,10 @@ def test_resume_is_bit_identical(tiny_policy, tmp_path, options):
     path = checkpoints(tmp_path / "b")[-1]
     assert set(load_file(path / "log_z.safetensors")) == {name for name, _ in straight.log_z.parameters()}
     assert not any("log_z" in key for key in load_file(path / "adapter_model.safetensors"))
+    name, *names = learned = load_file(path / "log_z.safetensors")
+    save_file({n: learned[n] for n in names}, path / "log_z.safetensors")
+    with pytest.raises(InputError, match=f"log_z.safetensors must be of {name}, got .* alone; restore it"):
+        load_checkpoint(path, resumed.policy, resumed.optimizer, resumed.log_z.parameters())
     (path / "log_z.safetensors").unlink()
     again = _trainer(tiny_policy(dtype=torch.float32), **options)
     with pytest.warns(UserWarning, match="passed over damaged step-00000005"):

@@ -168,7 +168,9 @@ def bench(
 
 @app.command()
 def lab(
-    everything: Annotated[bool, typer.Option("--all", help="Every table of the README.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every table of the README; of SmolLM2 the default objective alone.")
+    ] = False,
     problem: Annotated[list[str] | None, typer.Option(help="Name of a problem; repeatable.")] = None,
     objective: Annotated[list[str] | None, typer.Option(help="Name of an objective; repeatable.")] = None,
     behavior: Annotated[list[str] | None, typer.Option(help="Name of a behaviour; repeatable.")] = None,

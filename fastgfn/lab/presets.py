@@ -127,6 +127,9 @@ def settings(
     found = DEFAULT | BY_MODEL[model] | OBJECTIVES[objective].settings | BEHAVIORS[behavior].settings
     found["steps"] *= OBJECTIVES[objective].updates
     found["num_samples"] //= OBJECTIVES[objective].updates
+    if "local_search_samples" in found:
+        ends = found["local_search_samples"]
+        found["local_search_samples"] = tuple(num // OBJECTIVES[objective].updates for num in ends)
     found |= overrides or {}
     steps = found["steps"]
     explored = max(1, round(EXPLORED * steps)) if isinstance(steps, int) else 1

@@ -12,15 +12,16 @@ Row = dict[str, str]
 FIXED_POINTS = (
     'Where the second column says "no", the sampler of loss 0 is not R\'s posterior; that of '
     "rooted_prefix_tb is it only where no prefix lacks a reward, so not on the sparse problem. Unless "
-    "settings say otherwise residuals are squared (Huber's for flows): a clamped one has the same "
-    "solution but no gradient beyond its limit, so that what is farther away stays there. Termination "
-    "drift is the mean of log q(stop) minus the target's where the target's strings end: below 0, q "
-    "goes on where it should stop. Trajectories are as many for all; db makes two updates, of half the "
-    "samples, where the others make one."
+    "settings say otherwise residuals are squared (Huber's for subtb and db, at twice the step size "
+    "of the adapter), and trajectories as many for all: db makes two updates, of half the samples, "
+    "where the others make one. A clamped residual has the same solution as a square but no gradient "
+    "beyond its limit, so that what is farther away stays there. Termination drift is the mean of log "
+    "q(stop) minus the target's where the target's strings end: below 0, q goes on where it should "
+    "stop."
 )
 ONE_LOG_Z = (
-    "tb_scalar and rtb have one log Z for both prompts of tiny-prompts, whose log Z differ, so that their "
-    "fixed point is not quite the posterior there."
+    "A cell without a spread is one seed. tb_scalar and rtb have one log Z for both prompts of "
+    "tiny-prompts, whose log Z differ, so that their fixed point is not quite the posterior there."
 )
 METRICS = (
     "tv",

@@ -11,7 +11,7 @@ every trajectory. What differs from the published code:
 
 The objectives with explicit flows take every state, U(s) = log q(s) - log F(s) with a learned log F, and one
 more at the end of a trajectory, U(x) = log q(x) - log R(x), so that they read log R of whole sequences alone.
-Where stopping is certain the end alone stands for both, as F(s) = R(x) leaves nothing to learn.
+Where stopping is certain the end alone stands for both, but at s_0: F(s) = R(x) leaves nothing to learn.
 """
 
 import torch
@@ -118,8 +118,8 @@ def subtb_loss(
     """SubTB(lambda) with explicit flows on a token tree, O(T); zero where q is proportional to R and F(s) is
     the R-mass of the sequences that begin with s.
 
-    With U_k = log q(s_k) - log F(s_k) of the states s_0..s_n of a trajectory, terminable or not (s_n only if
-    stopping there is not certain), and U_{n+1} = log q(x) - log R(x) at its end, the loss is that of
+    With U_k = log q(s_k) - log F(s_k) of the states s_0..s_n of a trajectory, terminable or not (s_n > s_0
+    only if stopping there is not certain), and U_{n+1} = log q(x) - log R(x) at its end, the loss is that of
     `modified_subtb_loss` with these states, without an anchor: log F(s_0) is log Z(X). Choose it where
     prefixes have no reward and credit over long sequences is the difficulty; log F has to be learned.
     Madan et al. 2023 (arXiv:2209.12782); here windows are pooled per prompt by default.
@@ -150,7 +150,7 @@ def detailed_balance_loss(log_probs: LogProbs, *, tree: TokenTree, **options) ->
 
     loss = mean over transitions of (log F(s_k) + log q(s_k+1 | s_k) - log F(s_k+1))^2, the last one with
     q(stop | s_n) and log R(x). Choose it, over `subtb_loss`, where windows are too noisy: what the end says
-    travels one token a time. Bengio et al. 2021 (arXiv:2111.09266); here pooled per prompt.
+    travels one token a time. Bengio et al. 2023 (arXiv:2111.09266); here pooled per prompt.
 
     Args, fixed point and raises: as `subtb_loss`, whose coefficients are for subtb_lambda = 0 here.
     """
