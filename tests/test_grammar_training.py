@@ -166,14 +166,19 @@ def test_parts_give_what_one_pass_gives(tiny_policy, monkeypatch, case, kind):
             assert w.abs().max() > 0 and relative_error(p.grad, w) <= 1e-9
 
 
+def scored_language(policy, case):
+    """Every Z that q can draw, their tree, and its log-probs."""
+    grammar, limits = make(case)
+    space = language(grammar, limits)
+    tree = pack(rollouts_of(space, [0] * len(space), limits, PROMPTS[:1]), grammar=grammar)
+    return space, tree, score(tree, policy=policy)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_loss_and_its_gradient_vanish_at_the_posterior(tiny_policy, case):
     """R := q makes every window residual zero."""
-    grammar, limits = make(case)
     policy = tiny_policy()
-    space = language(grammar, limits)
-    tree = pack(rollouts_of(space, [0] * len(space), limits, PROMPTS[:1]), grammar=grammar)
-    log_probs = score(tree, policy=policy)
+    space, tree, log_probs = scored_language(policy, case)
     log_q = (tree_cumsum(log_probs.log_pf, tree.parent) + log_probs.log_pterm).detach()
     log_r = (log_q + 2.5).masked_fill(~tree.terminable, 0.0)
     result = modified_subtb_loss(log_probs, tree=tree, log_reward=log_r)
@@ -239,11 +244,8 @@ class Flows(torch.nn.Module):
 def test_flows_of_the_language(tiny_policy, case, objective):
     """Loss and gradients of a policy with the true flows vanish, in one pass and in parts, whatever the head
     says where stopping is certain."""
-    grammar, limits = make(case)
     policy = tiny_policy()
-    space = language(grammar, limits)
-    tree = pack(rollouts_of(space, [0] * len(space), limits, PROMPTS[:1]), grammar=grammar)
-    log_probs = score(tree, policy=policy)
+    space, tree, log_probs = scored_language(policy, case)
     log_q = (tree_cumsum(log_probs.log_pf, tree.parent) + log_probs.log_pterm).detach()
     value = dict(zip(map(tuple, space), (log_q[tree.leaf] + 2.5).tolist(), strict=True))
     flow = tree_cumsum(log_probs.log_pf, tree.parent).detach() + 2.5
