@@ -181,7 +181,8 @@ def show_list(console: Console) -> None:
         shown = Table(title, "fixed point is the posterior", "settings over the default")
         for preset in known.values():
             settings = ", ".join(f"{k}={v}" for k, v in preset.settings.items())
-            settings += f", {preset.updates} updates for one" if preset.updates > 1 else ""
+            if preset.updates > 1:
+                settings += f", {preset.updates} x steps, samples / {preset.updates}"
             shown.add_row(preset.name, preset.posterior, settings)
         console.print(shown)
 

@@ -125,11 +125,11 @@ def settings(
     closest("lab", "--objective", objective, OBJECTIVES)
     closest("lab", "--behavior", behavior, BEHAVIORS)
     found = DEFAULT | BY_MODEL[model] | OBJECTIVES[objective].settings | BEHAVIORS[behavior].settings
-    found["steps"] *= OBJECTIVES[objective].updates
-    found["num_samples"] //= OBJECTIVES[objective].updates
+    updates = OBJECTIVES[objective].updates
+    found["steps"] *= updates
+    found["num_samples"] //= updates
     if "local_search_samples" in found:
-        ends = found["local_search_samples"]
-        found["local_search_samples"] = tuple(num // OBJECTIVES[objective].updates for num in ends)
+        found["local_search_samples"] = tuple(num // updates for num in found["local_search_samples"])
     found |= overrides or {}
     steps = found["steps"]
     explored = max(1, round(EXPLORED * steps)) if isinstance(steps, int) else 1

@@ -8,7 +8,7 @@ from fastgfn.lab.presets import BEHAVIORS, EVERYWHERE, OBJECTIVES
 from fastgfn.lab.runs import THRESHOLD, Result, tv_between
 
 Row = dict[str, str]
-# Below the tables of the objectives.
+# Below the table of the objectives, and that of the dense problems.
 FIXED_POINTS = (
     'Where the second column says "no", the sampler of loss 0 is not R\'s posterior; that of '
     "rooted_prefix_tb is it only where no prefix lacks a reward, so not on the sparse problem. Unless "
@@ -19,7 +19,7 @@ FIXED_POINTS = (
     "q(stop) minus the target's where the target's strings end: below 0, q goes on where it should "
     "stop."
 )
-ONE_LOG_Z = (
+DENSE_NOTE = (
     "A cell without a spread is one seed. tb_scalar and rtb have one log Z for both prompts of "
     "tiny-prompts, whose log Z differ, so that their fixed point is not quite the posterior there."
 )
@@ -105,7 +105,7 @@ def dense(rows: Sequence[Row], names: Sequence[str]) -> str:
         for name in names:
             line.append(_reached(_select(rows, problem=name, objective=objective, behavior="default"))[0])
         body.append(line)
-    return f"{_table(['objective', *names], body)}\n\n{ONE_LOG_Z}"
+    return f"{_table(['objective', *names], body)}\n\n{DENSE_NOTE}"
 
 
 def runs(rows: Sequence[Row]) -> str:
